@@ -1,0 +1,1 @@
+"""What the stages share: settings, artifacts, records, the stage harness."""

@@ -1,0 +1,156 @@
+"""Manifests: the small JSON files that are our artifacts; the bytes they name live in the object store.
+
+Written by every stage, read by the next, by `grpo artifacts` and by whoever rebuilds the history. A manifest is
+written last, so an artifact is complete when its manifest exists.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from components.common.errors import ArtifactError, ArtifactNotFound
+from components.common.settings import Settings
+
+SCHEMA_VERSION = 1
+DIGEST_PATTERN = r"^blake3:[0-9a-f]{64}$"
+
+Kind = Literal["policy", "optimizer", "prompts", "rollout", "scored", "evaluation", "decision"]
+
+
+class File(Settings):
+    """One file of an artifact."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*$")
+    """Relative path inside the artifact; no part starts with a dot."""
+    size: int = Field(ge=0)
+    """Bytes."""
+    digest: str = Field(pattern=DIGEST_PATTERN)
+    """BLAKE3 of the content."""
+    key: str
+    """Object that holds the bytes."""
+
+
+class Producer(Settings):
+    """Who made the artifact."""
+
+    stage: str
+    """Name of the stage."""
+    key: str
+    """Digest of everything the stage's result depends on; the same key never runs twice."""
+    settings_digest: str
+    """Digest of the stage's settings."""
+    code_version: str
+    """Version of this package."""
+
+
+class Manifest(Settings):
+    """An artifact: what it is, which files it has, what it derives from."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    kind: Kind
+    """What the files are."""
+    digest: str
+    """Of kind, names, sizes and digests: the same content has the same digest wherever and whenever it was made."""
+    files: tuple[File, ...] = ()
+    parents: dict[str, str] = {}
+    """Role in the producing stage → digest of the artifact it read."""
+    producer: Producer
+    fine_tune: str
+    run: str
+    iteration: int | None = None
+    """Updates the policy this artifact concerns has had; none for what belongs to the whole run."""
+    created: datetime
+    metrics: dict[str, float] = {}
+    metadata: dict[str, Any] = {}
+    store: str
+    """URL of the store that holds the blobs."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the files."""
+        return {file.name for file in self.files}
+
+    def dump(self) -> bytes:
+        """As JSON, readable by people too."""
+        return (json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+
+    @classmethod
+    def parse(cls, data: bytes, *, where: str) -> "Manifest":
+        """Reads a manifest and checks that its digest is that of its own entries.
+
+        Raises:
+            ArtifactError: not a manifest, of another schema version, or altered.
+        """
+        try:
+            manifest = cls.model_validate_json(data)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise ArtifactError(f"{where} is not a manifest of schema {SCHEMA_VERSION}: {place}: {first['msg']}") from None
+        if manifest.digest != content_digest(manifest.kind, manifest.files):
+            raise ArtifactError(f"{where}: the manifest was altered: its digest is not that of its entries")
+        return manifest
+
+    @classmethod
+    def load(cls, path: Path) -> "Manifest":
+        """Reads a manifest file. Raises ArtifactNotFound, ArtifactError."""
+        try:
+            return cls.parse(Path(path).read_bytes(), where=str(path))
+        except FileNotFoundError:
+            raise ArtifactNotFound(f"no manifest at {path}; did the stage before finish?") from None
+
+
+def content_digest(kind: str, files: Iterable[File]) -> str:
+    """Digest of an artifact: over its kind and the name, size and digest of each file, in the order of the names."""
+    from blake3 import blake3
+
+    entries = sorted((file.name, file.size, file.digest) for file in files)
+    return "blake3:" + blake3(json.dumps([kind, entries], separators=(",", ":")).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """BLAKE3 of a file, read once, on all cores when it is large."""
+    from blake3 import blake3
+
+    hasher = blake3(max_threads=blake3.AUTO)
+    if path.stat().st_size < 1 << 20:
+        hasher.update(path.read_bytes())
+    else:
+        hasher.update_mmap(path)
+    return "blake3:" + hasher.hexdigest()
+
+
+def text_digest(text: str) -> str:
+    """Short digest of a text, for settings and keys."""
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+@cache
+def code_version() -> str:
+    """Version of the installed package; `source` when it runs from a checkout that is not installed."""
+    try:
+        return version("grpo-pipeline")
+    except PackageNotFoundError:
+        return "source"
+
+
+def manifest_key(fine_tune: str, run: str, iteration: int | None, name: str) -> str:
+    """Where a manifest lives in the store."""
+    return f"manifests/{fine_tune}/{run}/{'run' if iteration is None else f'{iteration:04d}'}/{name}.json"
+
+
+def now() -> datetime:
+    """The present, in UTC, to the second."""
+    return datetime.now(UTC).replace(microsecond=0)

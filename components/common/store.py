@@ -160,7 +160,7 @@ class _Incoming:
         self.temporary = Path(name)
         return self.temporary, self.target
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self.temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             reason = f"cannot write {self.target}: {error.strerror}"

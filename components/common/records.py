@@ -1,0 +1,138 @@
+"""The tables that flow between stages, as Parquet: one schema in one place, checked on every read.
+
+# P prompts, G completions a prompt (a group), T tokens
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.common.errors import DataError
+
+if TYPE_CHECKING:  # pyarrow is imported where a table is touched, so that `--help` answers at once
+    import pyarrow as pa
+
+SCHEMA_VERSION = 1
+ROWS_PER_GROUP = 1024
+"""Rows of a Parquet row group: what a reader takes at a time."""
+
+SPLITS = ("train", "eval")
+REWARD_PREFIX = "rewards/"
+
+
+def prompt_fields() -> "dict[str, pa.DataType]":
+    """Columns of a prompts table; the data set's own columns (ground truth) stand beside them."""
+    import pyarrow as pa
+
+    return {"prompt_id": pa.string(), "prompt": pa.string(), "prompt_ids": pa.list_(pa.int32())}
+
+
+def completion_fields() -> "dict[str, pa.DataType]":
+    """Columns of a completions table, one row a sample; the G rows of a group are contiguous.
+
+    `logprobs` are the sampling distribution's own (after temperature, top-k and top-p), one a completion token.
+    """
+    import pyarrow as pa
+
+    return prompt_fields() | {
+        "sample_index": pa.int32(),
+        "completion": pa.string(),
+        "completion_ids": pa.list_(pa.int32()),
+        "logprobs": pa.list_(pa.float32()),
+        "finish_reason": pa.string(),  # "stop", "length" or "error"
+        "seed": pa.int64(),
+        "policy_digest": pa.string(),
+    }
+
+
+def reward_fields(functions: Sequence[str]) -> "dict[str, pa.DataType]":
+    """Columns of a rewards table: `reward` is the weighted total, null when no function applied."""
+    import pyarrow as pa
+
+    columns = {REWARD_PREFIX + name: pa.float64() for name in functions}
+    keys = {"prompt_id": pa.string(), "sample_index": pa.int32()}
+    return keys | {"reward": pa.float64()} | columns | {"error": pa.string()}
+
+
+def write_table(table: "pa.Table", path: Path, fields: "Mapping[str, pa.DataType]") -> Path:
+    """Writes a table whose columns `fields` are cast to their types; other columns are kept as they are.
+
+    Raises:
+        DataError: a column of `fields` is missing or does not cast.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = _conform(table, fields, where=path.name)
+    table = table.replace_schema_metadata({"grpo_schema_version": str(SCHEMA_VERSION)})
+    floats_and_ids = [
+        f"{field.name}.list.element" for field in table.schema
+        if pa.types.is_list(field.type) and (pa.types.is_floating(field.type.value_type) or pa.types.is_integer(field.type.value_type))
+    ]  # fmt: skip
+    texts = [field.name for field in table.schema if not pa.types.is_list(field.type)]
+    encoding = {name: "BYTE_STREAM_SPLIT" for name in floats_and_ids}
+    pq.write_table(
+        table, path, compression="zstd", compression_level=1, row_group_size=ROWS_PER_GROUP,
+        use_dictionary=texts, column_encoding=encoding or None,
+    )  # fmt: skip
+    return path
+
+
+def read_table(
+    path: Path, fields: "Mapping[str, pa.DataType]", columns: Sequence[str] | None = None
+) -> "pa.Table":
+    """Reads a table and checks it against `fields`; `columns` limits what is read from disk.
+
+    Raises:
+        DataError: not Parquet, of another schema version, or a column missing or of another type.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        table = file.read(columns=list(columns) if columns is not None else None)
+    except FileNotFoundError:
+        raise DataError(f"no table at {path}") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path.name} is not a readable Parquet file: {error}") from None
+    _check_version(file.schema_arrow.metadata, path)
+    wanted = {name: kind for name, kind in fields.items() if columns is None or name in columns}
+    return _conform(table, wanted, where=path.name)
+
+
+def iter_groups(table: "pa.Table") -> Iterator[tuple[int, int]]:
+    """Start and end row of each run of rows with one `prompt_id`."""
+    ids = table.column("prompt_id").to_pylist()
+    start = 0
+    for row in range(1, len(ids) + 1):
+        if row == len(ids) or ids[row] != ids[start]:
+            yield start, row
+            start = row
+
+
+def data_columns(table: "pa.Table", fields: Mapping[str, Any]) -> list[str]:
+    """Names of the data set's own columns in a table."""
+    return [name for name in table.column_names if name not in fields]
+
+
+def _check_version(metadata: Mapping[bytes, bytes] | None, path: Path) -> None:
+    got = (metadata or {}).get(b"grpo_schema_version", b"none").decode()
+    if got != str(SCHEMA_VERSION):
+        raise DataError(f"{path.name}: want schema version {SCHEMA_VERSION}, got {got}; run the stage that made it again")
+
+
+def _conform(table: "pa.Table", fields: "Mapping[str, pa.DataType]", *, where: str) -> "pa.Table":
+    import pyarrow as pa
+
+    missing = [name for name in fields if name not in table.column_names]
+    if missing:
+        raise DataError(f"{where}: no column {', '.join(missing)}; it has {', '.join(table.column_names)}")
+    for name, kind in fields.items():
+        position = table.column_names.index(name)
+        if table.schema.field(position).type != kind:
+            try:
+                table = table.set_column(position, pa.field(name, kind), table.column(position).cast(kind))
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+                raise DataError(f"{where}: column {name} is {table.schema.field(position).type}, want {kind}: {error}") from None
+    return table

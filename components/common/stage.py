@@ -1,0 +1,233 @@
+"""The harness every stage runs in: logging, events, artifacts in and out, and never the same work twice."""
+
+import json
+import logging
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from components.common import artifacts
+from components.common.errors import AlreadyPublished, ArtifactNotFound, GrpoError, StageError
+from components.common.events import Events
+from components.common.manifest import File, Kind, Manifest, Producer, code_version, manifest_key, text_digest
+from components.common.settings import Settings, dump_stage, load_stage
+from components.common.store import Store, open_store
+
+S = TypeVar("S", bound=Settings)
+Inputs = Mapping[str, Path | Sequence[Path]]
+
+log = logging.getLogger("grpo")
+
+
+@dataclass
+class Stage(Generic[S]):
+    """One task: a stage's settings, the manifests it reads, the manifests it writes.
+
+    `inputs` and `outputs` map a role (the parameter's name) to manifest files. `names` gives an output's name in
+    the store where it is not its role; `output_iteration` the iteration of what it makes where it is not `iteration`.
+    """
+
+    name: str
+    model: type[S]
+    settings_text: str
+    inputs: Inputs
+    outputs: Mapping[str, Path]
+    iteration: int | None = None
+    shard: int | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+    output_iteration: int | None = None
+    work_dir: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.context, self.settings = load_stage(self.model, self.settings_text)
+        self.events = Events(self.task, stage=self.name, iteration=self.iteration, shard=self.shard)
+        self._manifests = {role: self._load(paths) for role, paths in self.inputs.items()}
+        self._published: dict[str, Manifest] = {}
+
+    @staticmethod
+    def _load(paths: Path | Sequence[Path]) -> list[Manifest]:
+        return [Manifest.load(Path(path)) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+
+    @property
+    def task(self) -> str:
+        """Name of this task within its run, as its log file has it."""
+        parts = [self.name]
+        parts += [] if self.iteration is None else [f"{self.iteration:04d}"]
+        parts += [] if self.shard is None else [f"shard{self.shard:02d}"]
+        return "-".join(parts)
+
+    @property
+    def store(self) -> Store:
+        """The run's object store."""
+        if not hasattr(self, "_store"):
+            self._store = open_store(self.context.store)
+        return self._store
+
+    @property
+    def producer(self) -> Producer:
+        """Identity of this task: the same key, the same result."""
+        settings = dump_stage(self.context, self.settings)
+        parents = {role: [manifest.digest for manifest in found] for role, found in sorted(self._manifests.items())}
+        key = json.dumps([self.name, settings, parents, self.iteration, self.shard, code_version()])
+        return Producer(
+            stage=self.name, key=text_digest(key), settings_digest=text_digest(settings), code_version=code_version()
+        )
+
+    def manifest(self, role: str) -> Manifest:
+        """The one manifest of an input."""
+        (manifest,) = self._manifests[role]
+        return manifest
+
+    def manifests(self, role: str) -> list[Manifest]:
+        """All manifests of an input that is a list."""
+        return self._manifests[role]
+
+    def fetch(self, role: str, names: Sequence[str] | None = None) -> Path:
+        """Brings an input's files (or only `names`) into the work directory, verified; gives their folder."""
+        return self.fetch_manifest(self.manifest(role), role, names)
+
+    def fetch_manifest(self, manifest: Manifest, folder: str, names: Sequence[str] | None = None) -> Path:
+        """Brings the files of any manifest into `folder` of the work directory."""
+        directory = self.work_dir / folder
+        directory.mkdir(parents=True, exist_ok=True)
+        source = self.store if manifest.store == self.store.url else open_store(manifest.store)
+        return artifacts.fetch(source, manifest, directory, names)
+
+    def publish(
+        self,
+        role: str,
+        *,
+        kind: Kind,
+        files: Mapping[str, Path] | None = None,
+        reuse: Sequence[File] = (),
+        metrics: Mapping[str, float] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Manifest:
+        """Publishes an output; its manifest file appears when the whole stage is done."""
+        assert role in self.outputs, f"{self.name} has no output {role}"
+        self._published[role] = artifacts.publish(
+            self.store, self.context, name=self._name(role), kind=kind, files=files or {}, reuse=reuse,
+            producer=self.producer, parents=self._parents(), iteration=self._iteration(), metrics=metrics, metadata=metadata,
+        )  # fmt: skip
+        return self._published[role]
+
+    def progress(self, done: int, total: int, **figures: float) -> None:
+        """Tells how far a long stage is: in its log and in the live view."""
+        shown = " ".join(f"{name}={value:.4g}" for name, value in figures.items())
+        log.info("%s: %d of %d %s", self.task, done, total, shown)
+        self.events.emit("progress", done=done, total=total, figures=figures)
+
+    def _name(self, role: str) -> str:
+        name = self.names.get(role, role)
+        return name if self.shard is None else f"{name}-{self.shard:02d}"
+
+    def _iteration(self) -> int | None:
+        return self.iteration if self.output_iteration is None else self.output_iteration
+
+    def _parents(self) -> dict[str, str]:
+        """Role → digest; a list's members are numbered."""
+        return {
+            role if len(found) == 1 else f"{role}[{position}]": manifest.digest
+            for role, found in self._manifests.items()
+            for position, manifest in enumerate(found)
+        }
+
+    def _already(self) -> dict[str, Manifest]:
+        """Outputs that the same work has published before. Raises AlreadyPublished when other work took the name."""
+        found = {}
+        key = self.producer.key
+        for role in self.outputs:
+            name = manifest_key(self.context.fine_tune, self.context.run, self._iteration(), self._name(role))
+            try:
+                manifest = Manifest.parse(self.store.get_bytes(name), where=name)
+            except ArtifactNotFound:
+                continue
+            if manifest.producer.key != key:
+                raise AlreadyPublished(
+                    f"{name} was made with other settings, inputs or code. Start another run, or resume this one as it was"
+                )
+            if all(self.store.stat(file.key) for file in manifest.files):
+                found[role] = manifest
+            else:  # collected or lost: the manifest promises what is gone, so the work is done again
+                self.store.delete(name)
+        return found
+
+
+def run_stage(stage: Stage[S], body: Callable[[Stage[S]], None]) -> None:
+    """Runs `body` unless its outputs are in the store already; then writes the manifest files.
+
+    Raises:
+        GrpoError: as the body raises it, after the failure was logged and told.
+    """
+    handler = _log_to(stage.events.log_path)
+    started = time.monotonic()
+    try:
+        stage._published = stage._already()
+        if len(stage._published) == len(stage.outputs):
+            log.info("%s: done before, nothing to do", stage.task)
+            outcome = "skipped"
+        else:
+            stage.events.emit("start")
+            log.info("%s: start", stage.task)
+            _work(stage, body)
+            outcome = "done"
+        for role, path in stage.outputs.items():
+            _write_whole(Path(path), stage._published[role].dump())
+        seconds = time.monotonic() - started
+        log.info("%s: %s in %.1f s", stage.task, outcome, seconds)
+        stage.events.emit(outcome, seconds=seconds, metrics=_all_metrics(stage))
+    except BaseException as error:
+        message = str(error) if isinstance(error, GrpoError) else f"{type(error).__name__}: {error}"
+        stage.events.emit("failed", error=message, log=str(stage.events.log_path or ""))
+        log.error("%s failed: %s", stage.task, message, exc_info=not isinstance(error, GrpoError))
+        raise
+    finally:
+        if handler:
+            log.removeHandler(handler)
+            handler.close()
+
+
+def _work(stage: Stage[S], body: Callable[[Stage[S]], None]) -> None:
+    stage.work_dir = Path(tempfile.mkdtemp(prefix=f"grpo-{stage.task}-"))
+    try:
+        body(stage)
+    finally:
+        shutil.rmtree(stage.work_dir, ignore_errors=True)
+    forgotten = set(stage.outputs) - set(stage._published)
+    if forgotten:
+        raise StageError(f"{stage.task} ended without publishing {', '.join(sorted(forgotten))}")
+
+
+def _all_metrics(stage: Stage[S]) -> dict[str, float]:
+    return {name: value for manifest in stage._published.values() for name, value in manifest.metrics.items()}
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+def _log_to(path: Path | None) -> logging.Handler | None:
+    """Log lines go to stdout (the pod's log) and, on a local run, to the task's own file."""
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    line = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
+    if not any(getattr(handler, "is_console", False) for handler in log.handlers):
+        console = logging.StreamHandler(sys.stdout)
+        console.is_console = True  # type: ignore[attr-defined]
+        console.setFormatter(line)
+        log.addHandler(console)
+    if path is None:
+        return None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(line)
+    log.addHandler(handler)
+    return handler

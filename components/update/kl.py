@@ -1,0 +1,41 @@
+"""Estimators of KL(policy || reference) from samples of the policy, one number a token (Schulman, "Approximating KL
+Divergence", http://joschu.net/blog/kl-approx.html). With d = log policy - log reference:
+
+    k1 = d                     unbiased value, large variance, may be negative
+    k2 = d^2 / 2               biased value; as a loss its gradient is the reverse KL's, unbiased
+    k3 = exp(-d) - 1 + d       unbiased value, never negative; arXiv:2402.03300 eq. 4
+
+Two places, two meanings (arXiv:2506.09477, arXiv:2510.01555):
+
+* in the loss, `combine(..., kl_N=kl_estimate(kind, logprobs_N, reference_N), beta=...)`: differentiated. k1 there has
+  a gradient of mean zero on-policy, so it does nothing but add noise and settings refuse it; k3 is what DeepSeekMath
+  and TRL do; k2 is the exact reverse-KL gradient.
+* in the reward, `penalised_rewards(...)`: detached, before the advantages. k1 there is the classic RLHF penalty.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from components.update.losses import MAX_LOG_RATIO
+
+KlKind = Literal["k1", "k2", "k3"]
+
+
+def kl_estimate(kind: KlKind, logprobs_N: Tensor, reference_logprobs_N: Tensor) -> Tensor:
+    """One estimate a token, (N,), differentiable in `logprobs_N`. Log-ratios beyond ±20 are held there."""
+    difference_N = (logprobs_N - reference_logprobs_N).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    if kind == "k1":
+        return difference_N
+    if kind == "k2":
+        return 0.5 * difference_N.square()
+    if kind == "k3":
+        return torch.expm1(-difference_N) + difference_N
+    raise ValueError(f"kl_estimator must be one of {', '.join(get_args(KlKind))}, got {kind!r}")
+
+
+def penalised_rewards(rewards_S: Tensor, kl_N: Tensor, sequence_N: Tensor, beta: float) -> Tensor:
+    """Reward of each sequence minus beta times its summed KL, (S,), detached; a missing reward (NaN) stays missing."""
+    sums_S = torch.zeros_like(rewards_S).index_add(0, sequence_N, kl_N.detach().to(rewards_S.dtype))
+    return rewards_S - beta * sums_S

@@ -14,7 +14,7 @@ from components.common.errors import GrpoError
 
 
 def main(run: Callable[..., None], arguments: list[str] | None = None) -> None:
-    """Parses the command line into `run`'s parameters and calls it; a user's error ends with status 2, not a traceback."""
+    """Parses the command line into `run`'s parameters and calls it; a user's error ends with status 2 and one message."""
     parser = _parser(run)
     values = vars(parser.parse_args(arguments))
     try:
@@ -29,7 +29,10 @@ def _parser(run: Callable[..., None]) -> argparse.ArgumentParser:
     summary, _, details = text.partition("\n\n")
     stage = run.__module__.rpartition(".")[0]
     parser = argparse.ArgumentParser(
-        prog=f"python -m {stage}", description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m {stage}",
+        description=summary,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for parameter in inspect.signature(run).parameters.values():
         _add(parser, parameter)

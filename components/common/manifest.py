@@ -98,7 +98,9 @@ class Manifest(Settings):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             place = ".".join(str(part) for part in first["loc"])
-            raise ArtifactError(f"{where} is not a manifest of schema {SCHEMA_VERSION}: {place}: {first['msg']}") from None
+            raise ArtifactError(
+                f"{where} is not a manifest of schema {SCHEMA_VERSION}: {place}: {first['msg']}"
+            ) from None
         if manifest.digest != content_digest(manifest.kind, manifest.files):
             raise ArtifactError(f"{where}: the manifest was altered: its digest is not that of its entries")
         return manifest

@@ -65,12 +65,13 @@ def write_table(table: "pa.Table", path: Path, fields: "Mapping[str, pa.DataType
 
     table = _conform(table, fields, where=path.name)
     table = table.replace_schema_metadata({"grpo_schema_version": str(SCHEMA_VERSION)})
-    floats_and_ids = [
-        f"{field.name}.list.element" for field in table.schema
-        if pa.types.is_list(field.type) and (pa.types.is_floating(field.type.value_type) or pa.types.is_integer(field.type.value_type))
-    ]  # fmt: skip
+    numeric_lists = [
+        f"{field.name}.list.element"
+        for field in table.schema
+        if pa.types.is_list(field.type) and pa.types.is_primitive(field.type.value_type)
+    ]
     texts = [field.name for field in table.schema if not pa.types.is_list(field.type)]
-    encoding = {name: "BYTE_STREAM_SPLIT" for name in floats_and_ids}
+    encoding = dict.fromkeys(numeric_lists, "BYTE_STREAM_SPLIT")
     pq.write_table(
         table, path, compression="zstd", compression_level=1, row_group_size=ROWS_PER_GROUP,
         use_dictionary=texts, column_encoding=encoding or None,
@@ -78,9 +79,7 @@ def write_table(table: "pa.Table", path: Path, fields: "Mapping[str, pa.DataType
     return path
 
 
-def read_table(
-    path: Path, fields: "Mapping[str, pa.DataType]", columns: Sequence[str] | None = None
-) -> "pa.Table":
+def read_table(path: Path, fields: "Mapping[str, pa.DataType]", columns: Sequence[str] | None = None) -> "pa.Table":
     """Reads a table and checks it against `fields`; `columns` limits what is read from disk.
 
     Raises:
@@ -119,7 +118,9 @@ def data_columns(table: "pa.Table", fields: Mapping[str, Any]) -> list[str]:
 def _check_version(metadata: Mapping[bytes, bytes] | None, path: Path) -> None:
     got = (metadata or {}).get(b"grpo_schema_version", b"none").decode()
     if got != str(SCHEMA_VERSION):
-        raise DataError(f"{path.name}: want schema version {SCHEMA_VERSION}, got {got}; run the stage that made it again")
+        raise DataError(
+            f"{path.name}: want schema version {SCHEMA_VERSION}, got {got}; run the stage that made it again"
+        )
 
 
 def _conform(table: "pa.Table", fields: "Mapping[str, pa.DataType]", *, where: str) -> "pa.Table":
@@ -134,5 +135,7 @@ def _conform(table: "pa.Table", fields: "Mapping[str, pa.DataType]", *, where: s
             try:
                 table = table.set_column(position, pa.field(name, kind), table.column(position).cast(kind))
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-                raise DataError(f"{where}: column {name} is {table.schema.field(position).type}, want {kind}: {error}") from None
+                raise DataError(
+                    f"{where}: column {name} is {table.schema.field(position).type}, want {kind}: {error}"
+                ) from None
     return table

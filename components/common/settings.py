@@ -47,6 +47,8 @@ class RunContext(Settings):
     """Updates the start policy has had already in this fine-tune."""
     iterations: int = Field(ge=0)
     """Iterations of this run."""
+    shards: int = Field(default=1, ge=1)
+    """Rollout jobs an iteration is split over."""
     staleness: int = 0
     """How many updates the sampling policy may be behind the updated one."""
     tracking: TrackingSettings = TrackingSettings()
@@ -170,7 +172,9 @@ def load_stage(model: type[S], settings: str) -> tuple[RunContext, S]:
         try:
             text = Path(settings).read_text()
         except OSError as error:
-            raise SettingsError(f"settings: neither JSON nor a readable file: {settings[:80]!r} ({error.strerror})") from None
+            raise SettingsError(
+                f"settings: neither JSON nor a readable file: {settings[:80]!r} ({error.strerror})"
+            ) from None
     try:
         values = json.loads(text)
         context, stage = values["run"], values["stage"]

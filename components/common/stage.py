@@ -29,7 +29,8 @@ class Stage(Generic[S]):
     """One task: a stage's settings, the manifests it reads, the manifests it writes.
 
     `inputs` and `outputs` map a role (the parameter's name) to manifest files. `names` gives an output's name in
-    the store where it is not its role; `output_iteration` the iteration of what it makes where it is not `iteration`.
+    the store where it is not its role. `iteration` is given as the run counts it, from 0, and held as the fine-tune
+    counts it; `output_offset` is 1 where the outputs belong to the policy after this iteration's update.
     """
 
     name: str
@@ -40,11 +41,13 @@ class Stage(Generic[S]):
     iteration: int | None = None
     shard: int | None = None
     names: Mapping[str, str] = field(default_factory=dict)
-    output_iteration: int | None = None
+    output_offset: int = 0
     work_dir: Path = field(init=False)
 
     def __post_init__(self) -> None:
         self.context, self.settings = load_stage(self.model, self.settings_text)
+        if self.iteration is not None:
+            self.iteration += self.context.first_iteration
         self.events = Events(self.task, stage=self.name, iteration=self.iteration, shard=self.shard)
         self._manifests = {role: self._load(paths) for role, paths in self.inputs.items()}
         self._published: dict[str, Manifest] = {}
@@ -112,7 +115,8 @@ class Stage(Generic[S]):
         assert role in self.outputs, f"{self.name} has no output {role}"
         self._published[role] = artifacts.publish(
             self.store, self.context, name=self._name(role), kind=kind, files=files or {}, reuse=reuse,
-            producer=self.producer, parents=self._parents(), iteration=self._iteration(), metrics=metrics, metadata=metadata,
+            producer=self.producer, parents=self._parents(), iteration=self._iteration(),
+            metrics=metrics, metadata=metadata,
         )  # fmt: skip
         return self._published[role]
 
@@ -127,7 +131,7 @@ class Stage(Generic[S]):
         return name if self.shard is None else f"{name}-{self.shard:02d}"
 
     def _iteration(self) -> int | None:
-        return self.iteration if self.output_iteration is None else self.output_iteration
+        return None if self.iteration is None else self.iteration + self.output_offset
 
     def _parents(self) -> dict[str, str]:
         """Role → digest; a list's members are numbered."""
@@ -149,7 +153,7 @@ class Stage(Generic[S]):
                 continue
             if manifest.producer.key != key:
                 raise AlreadyPublished(
-                    f"{name} was made with other settings, inputs or code. Start another run, or resume this one as it was"
+                    f"{name} was made with other settings, inputs or code: start another run, or resume this as it was"
                 )
             if all(self.store.stat(file.key) for file in manifest.files):
                 found[role] = manifest

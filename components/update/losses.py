@@ -56,8 +56,8 @@ class BatchTotals:
 
     @classmethod
     def of(cls, lengths_S: np.ndarray, max_completion_length: int) -> "BatchTotals":
-        """Totals of a batch whose sequence i has `lengths_S[i]` scored tokens (0: masked, still counted as a sequence)."""
-        return cls(int(len(lengths_S)), int(np.sum(lengths_S)), int(max_completion_length))
+        """Totals of a batch; sequence i has `lengths_S[i]` scored tokens (0: masked, still counted as a sequence)."""
+        return cls(len(lengths_S), int(np.sum(lengths_S)), int(max_completion_length))
 
 
 @dataclass(frozen=True)

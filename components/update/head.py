@@ -248,6 +248,6 @@ def _check(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, temperature:
         raise ValueError(f"temperature must be above 0, got {temperature}: greedy decoding has no log-probabilities")
     if hidden_NH.shape != (len(targets_N), weight_VH.shape[1]) or hidden_NH.dtype != weight_VH.dtype:
         raise ValueError(
-            f"hidden states {tuple(hidden_NH.shape)} {hidden_NH.dtype} do not fit {len(targets_N)} targets and a head of "
-            f"{tuple(weight_VH.shape)} {weight_VH.dtype}: pass one row a target, in the weight's type"
+            f"hidden states {tuple(hidden_NH.shape)} {hidden_NH.dtype} do not fit {len(targets_N)} targets and a head "
+            f"of {tuple(weight_VH.shape)} {weight_VH.dtype}: pass one row a target, in the weight's type"
         )

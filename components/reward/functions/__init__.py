@@ -1,0 +1,1 @@
+"""Built-in reward functions. Each names the parameters it wants: `prompts`, `completions`, `completion_ids`, columns."""

@@ -1,0 +1,1 @@
+"""Rollout: samples completions from a policy."""

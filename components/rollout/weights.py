@@ -1,0 +1,127 @@
+"""The files of a policy folder an engine takes its weights from, and the proof that it took the right ones."""
+
+import json
+import mmap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from components.common.errors import DataError, DigestMismatch
+from components.common.manifest import File, Manifest, content_digest, file_digest
+
+if TYPE_CHECKING:
+    import torch
+
+_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+"""safetensors' names of number formats → torch's."""
+
+ADAPTER_FOLDER = "adapter"
+"""Folder of a LoRA policy that holds its adapter (`adapter_config.json`, `adapter_model.safetensors`)."""
+
+
+def adapter_folder(policy: Path) -> Path | None:
+    """Folder of the adapter; None for a policy without one."""
+    folder = policy / ADAPTER_FOLDER
+    return folder if (folder / "adapter_config.json").exists() else None
+
+
+def weight_files(policy: Path) -> list[str]:
+    """Names of the base model's weight files in `policy`.
+
+    Raises:
+        DataError: there are none.
+    """
+    names = sorted(path.name for path in policy.glob("*.safetensors"))
+    if not names:
+        raise DataError(
+            f"no weights: {policy} has no *.safetensors file; a policy is a folder in Hugging Face format, "
+            "saved with save_pretrained(..., safe_serialization=True)"
+        )
+    return names
+
+
+def context_length(policy: Path) -> int | None:
+    """Most tokens the model can attend to; None where its configuration does not say."""
+    config = read_config(policy)
+    return config.get("max_position_embeddings", config.get("n_positions"))
+
+
+def vocabulary_size(policy: Path) -> int | None:
+    """Rows of the model's embedding table."""
+    return read_config(policy).get("vocab_size")
+
+
+def read_config(policy: Path) -> dict:
+    """The model's `config.json`, or its text part for a model of several modalities.
+
+    Raises:
+        DataError: missing or not JSON.
+    """
+    path = policy / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise DataError(f"no config.json in {policy}: not a model folder in Hugging Face format") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not JSON: {error}") from None
+    return config.get("text_config") or config
+
+
+def read_hashed(path: Path) -> "tuple[str, dict[str, torch.Tensor]]":
+    """Digest of a safetensors file and its tensors, both from one mapping of it: what is hashed is what is loaded.
+
+    The tensors lie in the mapped file, read-only by convention; no byte is copied.
+
+    Raises:
+        DataError: not a safetensors file, or cut.
+    """
+    import torch
+    from blake3 import blake3
+
+    with path.open("rb") as file:
+        try:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except ValueError:
+            raise DataError(f"{path} is empty, want a safetensors file") from None
+    digest = "blake3:" + blake3(max_threads=blake3.AUTO).update(data).hexdigest()
+    try:
+        start = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:start])
+        header.pop("__metadata__", None)
+        tensors = {}
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            dtype = getattr(torch, _DTYPES[entry["dtype"]])
+            flat = (
+                torch.frombuffer(data, dtype=dtype, count=(last - first) // dtype.itemsize, offset=start + first)
+                if last > first
+                else torch.empty(0, dtype=dtype)
+            )
+            tensors[name] = flat.view(entry["shape"])
+    except (ValueError, KeyError, UnicodeDecodeError, RuntimeError, OverflowError) as error:
+        raise DataError(f"{path} is not a whole safetensors file: {error}; fetch or save the policy again") from None
+    return digest, tensors
+
+
+def proven_digest(manifest: Manifest, policy: Path, loaded: Mapping[str, str]) -> str:
+    """Digest of the policy an engine holds, from the bytes it loaded; never copied from the request.
+
+    `loaded` are the digests of the weight files as the engine read them; the small files (configuration, tokenizer)
+    are read here.
+
+    Raises:
+        DigestMismatch: a file is not the policy's; a sample of it would be another model's.
+    """
+    entries = []
+    for file in manifest.files:
+        digest = loaded.get(file.name) or file_digest(policy / file.name)
+        if digest != file.digest:
+            raise DigestMismatch(
+                f"the engine loaded another {file.name} than the policy's: want {file.digest}, got {digest}; "
+                f"something changed {policy / file.name} after it was fetched: clear that cache and run the stage again"
+            )
+        entries.append(File(name=file.name, size=(policy / file.name).stat().st_size, digest=digest, key=file.key))
+    return content_digest(manifest.kind, entries)

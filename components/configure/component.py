@@ -1,0 +1,47 @@
+"""The KFP face of configure: one typed input a setting, generated from the settings models.
+
+KFP reads a lightweight component's source, so the source is what is generated: a signature with every field of the
+form, and a body that imports, calls and logs.
+"""
+
+import json
+import linecache
+from typing import Any
+
+from kfp import dsl
+
+from components.configure.config import STAGE_SECTIONS, RunSettings
+from components.configure.form import FormField, form_fields
+
+_FILE = "<configure component>"
+_MANIFESTS = ("policy", "optimizer", "reference", "history")
+
+
+def _source(fields: list[FormField]) -> str:
+    inputs = ["settings: str", "run: str", "job_id: str", *(f"{field.name}: {field.kind.__name__}" for field in fields)]
+    outputs = [f"{name}: dsl.Output[dsl.Artifact]" for name in _MANIFESTS]
+    outputs += [f"{name}_settings: dsl.OutputPath(str)" for name in STAGE_SECTIONS]
+    parameters = ", ".join(f"{json.dumps(field.dotted)}: {field.name}" for field in fields)
+    paths = [f"{name}={name}.path" for name in _MANIFESTS]
+    paths += [f"{name}_settings={name}_settings" for name in STAGE_SECTIONS]
+    return "\n".join([
+        f"def configure({', '.join(inputs + outputs)}):",
+        '    """Checks the settings and resolves them a stage; publishes the start policy."""',
+        "    import json",
+        "    from components.configure.stage import run as configure_run",
+        f"    parameters = {{{parameters}}}",
+        "    configure_run(settings=settings, parameters=json.dumps(parameters), run=run, job_id=job_id,"
+        f" {', '.join(paths)})",
+        "",
+    ])  # fmt: skip
+
+
+def _component() -> Any:
+    source = _source(list(form_fields(RunSettings)))
+    linecache.cache[_FILE] = (len(source), None, source.splitlines(keepends=True), _FILE)
+    names: dict[str, Any] = {"dsl": dsl, "__name__": __name__}
+    exec(compile(source, _FILE, "exec"), names)
+    return dsl.component(names["configure"], base_image="grpo-pipeline/cpu-python", install_kfp_package=False)
+
+
+configure = _component()

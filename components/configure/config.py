@@ -1,0 +1,71 @@
+"""The run's settings: one section a stage, and the few values that belong to the whole run."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from components.common.settings import NAME_PATTERN, RunContext, Settings, TrackingSettings
+from components.dataset.config import DatasetSettings
+from components.evaluate.config import EvaluateSettings
+from components.publish.config import PublishSettings
+from components.reward.config import RewardSettings
+from components.rollout.config import RolloutSettings
+from components.update.config import UpdateSettings
+
+STAGE_SECTIONS = ("dataset", "rollout", "reward", "update", "evaluate", "publish")
+
+
+class RunSettings(Settings):
+    """Everything a run can vary. TOML file, command line, Kubeflow form and reference table derive from these fields."""
+
+    fine_tune: str = Field(pattern=NAME_PATTERN)
+    """Name of the fine-tune: a chain of runs that share a champion and an MLflow run."""
+    model: str = Field(min_length=1)
+    """Base model: a hub id, a local folder, or `s3://bucket/prefix` in the hub's format."""
+    store: str = "runs/store"
+    """Object store for artifacts: `s3://bucket/prefix?endpoint=...`, `file:///folder`, or a local path."""
+    seed: int = 0
+    """Every random choice derives from it: the same seed and settings give the same run."""
+    start_from: Literal["base", "latest", "champion"] = "base"
+    """Policy the run starts from: the base model, this fine-tune's last checkpoint, or its accepted policy."""
+    iterations: int = Field(default=8, ge=1, le=1000)
+    """Rollout-reward-update rounds of one run."""
+    shards: int = Field(default=1, ge=1, le=64)
+    """Rollout jobs an iteration is split over."""
+    staleness: Literal[0, 1] = 0
+    """0: rollouts sample from the newest policy; 1: from the one before, while the update runs."""
+    tracking: TrackingSettings = TrackingSettings()
+    """MLflow."""
+    dataset: DatasetSettings
+    """Prompts to train and to evaluate on."""
+    rollout: RolloutSettings = RolloutSettings()
+    """Sampling."""
+    reward: RewardSettings
+    """Scoring."""
+    update: UpdateSettings = UpdateSettings()
+    """Training."""
+    evaluate: EvaluateSettings = EvaluateSettings()
+    """Held-out evaluation and the report."""
+    publish: PublishSettings = PublishSettings()
+    """Acceptance."""
+
+    @model_validator(mode="after")
+    def _check_across_sections(self) -> "RunSettings":
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("\n  ".join(problems))
+        return self
+
+    def _problems(self):
+        if self.rollout.num_prompts < self.shards:
+            yield (
+                f"shards: {self.shards} jobs cannot share rollout.num_prompts = {self.rollout.num_prompts}; "
+                f"lower shards to {self.rollout.num_prompts} or raise rollout.num_prompts"
+            )
+
+    def context(self, *, run: str, first_iteration: int) -> RunContext:
+        """The part every stage is told."""
+        return RunContext(
+            fine_tune=self.fine_tune, run=run, store=self.store, seed=self.seed, first_iteration=first_iteration,
+            iterations=self.iterations, shards=self.shards, staleness=self.staleness, tracking=self.tracking,
+        )  # fmt: skip

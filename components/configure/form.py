@@ -1,0 +1,103 @@
+"""The run's settings as a flat form: what the Kubeflow UI asks for and what `configure` gets back.
+
+A field `update.learning_rate` becomes the parameter `update_learning_rate`: the UI sorts parameters by name, so a
+stage's stand together. What shapes the graph itself is fixed when it is compiled and has no parameter.
+"""
+
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from components.common.settings import field_paths
+
+STRUCTURAL = ("iterations", "shards", "staleness")
+"""Settings that decide which tasks there are."""
+
+
+@dataclass(frozen=True)
+class FormField:
+    """One parameter of the form. `kind` is its KFP type; an `optional` one is unset when its text is blank."""
+
+    path: tuple[str, ...]
+    kind: type
+    description: str
+    optional: bool = False
+    choices: tuple[Any, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Name of the parameter."""
+        return "_".join(self.path)
+
+    @property
+    def dotted(self) -> str:
+        """Name of the setting."""
+        return ".".join(self.path)
+
+    def default(self, values: Mapping[str, Any]) -> Any:
+        """The form's default, from settings as plain values."""
+        for part in self.path:
+            values = values[part]
+        if values is None:
+            return ""
+        return str(values) if self.optional else _without_none(values)
+
+
+def form_fields(model: type[BaseModel]) -> Iterator[FormField]:
+    """The form of a settings model, in the order of its fields."""
+    for path, field in field_paths(model).items():
+        annotation = field.annotation
+        if path[0] in STRUCTURAL or (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            continue
+        optional = get_origin(annotation) in (Union, types.UnionType) and type(None) in get_args(annotation)
+        if optional:
+            annotation = next(part for part in get_args(annotation) if part is not type(None))
+        choices = get_args(annotation) if get_origin(annotation) is Literal else ()
+        kind = str if optional else _kfp_type(annotation)
+        yield FormField(path, kind, (field.description or "").strip(), optional, choices)
+
+
+def nest(values: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """Form values (dotted name → value) as nested settings; blanks of optional fields become unset."""
+    optional = {field.dotted for field in form_fields(model) if field.optional}
+    nested: dict[str, Any] = {}
+    for dotted, value in values.items():
+        *sections, last = dotted.split(".")
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = None if dotted in optional and value in ("", None) else value
+    return nested
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings with `changes` laid over `base`."""
+    merged = dict(base)
+    for name, value in changes.items():
+        inner = merged.get(name)
+        both = isinstance(value, Mapping) and isinstance(inner, Mapping)
+        merged[name] = merge(inner, value) if both else value
+    return merged
+
+
+def _kfp_type(annotation: Any) -> type:
+    origin = get_origin(annotation) or annotation
+    if origin is Literal:
+        return type(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return str
+    if origin in (bool, int, float, str):
+        return origin
+    if origin in (list, tuple, set, frozenset):
+        return list
+    return dict if origin in (dict, Mapping) else str
+
+
+def _without_none(value: Any) -> Any:
+    """KFP refuses null inside lists and dictionaries; what is unset is left out."""
+    if isinstance(value, Mapping):
+        return {name: _without_none(inner) for name, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, list | tuple) else value

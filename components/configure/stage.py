@@ -1,0 +1,102 @@
+"""Configure: every setting checked before a GPU is asked for, and the policy the run starts from."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from components.common.errors import SettingsError
+from components.common.settings import dump_stage, validate
+from components.common.stage import Stage, run_stage
+from components.common.store import open_store
+from components.configure import start
+from components.configure.config import STAGE_SECTIONS, RunSettings
+from components.configure.form import merge, nest
+
+log = logging.getLogger("grpo")
+
+
+def run(
+    settings: str,
+    parameters: str,
+    run: str,
+    job_id: str,
+    policy: Path,
+    optimizer: Path,
+    reference: Path,
+    history: Path,
+    dataset_settings: Path,
+    rollout_settings: Path,
+    reward_settings: Path,
+    update_settings: Path,
+    evaluate_settings: Path,
+    publish_settings: Path,
+) -> None:
+    """Checks the run's settings and resolves them a stage; publishes the start policy.
+
+    settings: the run's settings as JSON, as the pipeline was compiled with.
+    parameters: JSON object, dotted setting name -> value, laid over them.
+    run: name of the run; blank: job_id.
+    policy, optimizer, reference, history: manifests written; optimizer and history have no files at a fresh start.
+    *_settings: files that get each stage's settings as JSON.
+    """
+    resolved = validate(RunSettings, merge(json.loads(settings), nest(json.loads(parameters), RunSettings)))
+    name = (run or job_id).lower()
+    store = open_store(resolved.store)
+    begin = _find_start(resolved, store, name)
+    first = begin.policy.iteration or 0 if begin else 0
+    context = resolved.context(run=name, first_iteration=first)
+    stage = Stage(
+        "configure", RunSettings, dump_stage(context, resolved), inputs={}, iteration=0,
+        outputs={"policy": policy, "optimizer": optimizer, "reference": reference, "history": history},
+    )  # fmt: skip
+    run_stage(stage, lambda stage: _publish(stage, begin))
+    files = (dataset_settings, rollout_settings, reward_settings, update_settings, evaluate_settings, publish_settings)
+    for section, path in zip(STAGE_SECTIONS, files, strict=True):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(dump_stage(context, getattr(resolved, section)))
+
+
+def _find_start(settings: RunSettings, store: Any, name: str) -> start.Start | None:
+    if settings.start_from == "latest":
+        return start.latest(store, settings.fine_tune, but_run=name)
+    if settings.start_from == "champion":
+        return start.champion(store, settings.fine_tune)
+    return None
+
+
+def _publish(stage: Stage[RunSettings], begin: start.Start | None) -> None:
+    settings = stage.settings
+    if begin is None:
+        files = start.model_files(settings.model, stage.work_dir)
+        metadata = start.describe(files) | {"model": settings.model}
+        _check_context(settings, metadata)
+        log.info("base model %s: %s, %d files", settings.model, metadata["architecture"], len(files))
+        policy = stage.publish("policy", kind="policy", files=files, metadata=metadata)
+        stage.publish("reference", kind="policy", reuse=policy.files, metadata=metadata)
+        stage.publish("optimizer", kind="optimizer")
+        stage.publish("history", kind="evaluation")
+        return
+    metadata = begin.policy.metadata
+    _check_context(settings, metadata)
+    log.info("going on from policy %s of run %s", begin.policy.iteration, begin.policy.run)
+    stage.publish("policy", kind="policy", reuse=begin.policy.files, metadata=metadata)
+    reference = begin.reference or begin.policy
+    stage.publish("reference", kind="policy", reuse=reference.files, metadata=reference.metadata)
+    optimizer, history = begin.optimizer, begin.history
+    stage.publish("optimizer", kind="optimizer", reuse=optimizer.files if optimizer else (),
+                  metadata=optimizer.metadata if optimizer else {})  # fmt: skip
+    stage.publish("history", kind="evaluation", reuse=history.files if history else (),
+                  metadata=history.metadata if history else {})  # fmt: skip
+
+
+def _check_context(settings: RunSettings, model: dict[str, Any]) -> None:
+    context, prompt = model.get("max_position_embeddings"), settings.dataset.max_prompt_length or 1
+    completion = settings.rollout.max_completion_length
+    if context and prompt + completion > context:
+        raise SettingsError(
+            f"dataset.max_prompt_length = {prompt} and rollout.max_completion_length = {completion} exceed the model's "
+            f"context of {context} tokens; lower one of them by {prompt + completion - context}"
+        )
+
+

@@ -1,0 +1,151 @@
+"""The policy a run starts from: base model, last checkpoint or champion, and what belongs to it."""
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components.common.errors import ArtifactNotFound, DataError
+from components.common.manifest import Manifest
+from components.common.store import Store
+
+log = logging.getLogger("grpo")
+
+POLICY_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+"""Files of a model folder that make a policy; nothing executable among them."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run takes up: the policy, and the optimizer state and history that go with it."""
+
+    policy: Manifest
+    optimizer: Manifest | None
+    history: Manifest | None
+    reference: Manifest | None
+    """Start policy of the whole fine-tune."""
+
+
+def model_files(model: str, work_dir: Path) -> dict[str, Path]:
+    """Files of a base model given as local folder, `s3://` prefix or hub id.
+
+    Raises:
+        DataError: no such model, or weights, config or tokenizer missing.
+    """
+    folder = Path(model)
+    if model.startswith("s3://"):
+        folder = _from_s3(model, work_dir / "model")
+    elif not folder.is_dir():
+        if model.startswith((".", "/")):
+            raise DataError(f"model: no folder {model}; give a local folder, s3://bucket/prefix or a hub id")
+        folder = _from_hub(model)
+    files = {path.name: path for pattern in POLICY_PATTERNS for path in sorted(folder.glob(pattern))}
+    files.pop("model_index.json", None)
+    _check(files, model)
+    return files
+
+
+def _check(files: dict[str, Path], model: str) -> None:
+    if "config.json" not in files:
+        raise DataError(f"model {model}: no config.json; want a folder as `save_pretrained` writes it")
+    if not any(name.endswith(".safetensors") for name in files):
+        raise DataError(
+            f"model {model}: no weights (*.safetensors); pickled weights are refused: load the model and save it again "
+            "with `save_pretrained`"
+        )
+    if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & set(files):
+        raise DataError(f"model {model}: no tokenizer (tokenizer.json); save it beside the model with `save_pretrained`")
+
+
+def _from_hub(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(POLICY_PATTERNS)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise DataError(
+            f"model {model}: neither a local folder nor to be had from the hub ({type(error).__name__}); "
+            "check the name, the network and HF_TOKEN"
+        ) from error
+
+
+def _from_s3(url: str, folder: Path) -> Path:
+    from components.common.store import open_store
+
+    store = open_store(url)
+    folder.mkdir(parents=True)
+    for stat in store.list(""):
+        name = stat.key.rpartition("/")[2]
+        if "/" not in stat.key and any(Path(name).match(pattern) for pattern in POLICY_PATTERNS):
+            store.get_file(stat.key, folder / name)
+    return folder
+
+
+def describe(files: dict[str, Path]) -> dict[str, Any]:
+    """What later stages and checks want to know of a model: architecture, context length, vocabulary."""
+    config = json.loads(files["config.json"].read_text())
+    text = config.get("text_config", config)
+    return {
+        "architecture": (config.get("architectures") or ["unknown"])[0],
+        "max_position_embeddings": text.get("max_position_embeddings"),
+        "vocab_size": text.get("vocab_size"),
+    }
+
+
+def latest(store: Store, fine_tune: str, *, but_run: str) -> Start:
+    """The checkpoint of the newest other run of a fine-tune.
+
+    Raises:
+        ArtifactNotFound: there is none.
+    """
+    found = [key for key in _policy_keys(store, fine_tune) if key.split("/")[2] != but_run]
+    policies = [Manifest.parse(store.get_bytes(key), where=key) for key in found]
+    if not policies:
+        raise ArtifactNotFound(f"fine-tune {fine_tune} has no checkpoint to go on from; use start_from = \"base\"")
+    newest = max(policies, key=lambda manifest: (manifest.created, manifest.iteration or 0))
+    return start_at(store, newest)
+
+
+def champion(store: Store, fine_tune: str) -> Start:
+    """The accepted policy of a fine-tune, with a fresh optimizer.
+
+    Raises:
+        ArtifactNotFound: none was accepted yet.
+    """
+    key = f"pointers/{fine_tune}/champion.json"
+    try:
+        pointer = json.loads(store.get_bytes(key))
+    except ArtifactNotFound:
+        raise ArtifactNotFound(f"fine-tune {fine_tune} has no champion yet; use start_from = \"base\"") from None
+    policy = Manifest.parse(store.get_bytes(pointer["manifest"]), where=pointer["manifest"])
+    return start_at(store, policy, with_optimizer=False)
+
+
+def start_at(store: Store, policy: Manifest, *, with_optimizer: bool = True) -> Start:
+    """What lies beside a policy in the store."""
+    folder = f"manifests/{policy.fine_tune}/{policy.run}"
+    here = f"{folder}/{policy.iteration or 0:04d}"
+    optimizer = _manifest(store, f"{here}/optimizer.json") if with_optimizer else None
+    history = _manifest(store, f"{here}/evaluation.json") or _newest_evaluation(store, folder)
+    return Start(policy, optimizer, history, _manifest(store, f"{folder}/run/reference.json"))
+
+
+def _newest_evaluation(store: Store, folder: str) -> Manifest | None:
+    keys = [stat.key for stat in store.list(folder + "/") if stat.key.endswith("/evaluation.json")]
+    return _manifest(store, max(keys)) if keys else None
+
+
+def _policy_keys(store: Store, fine_tune: str) -> Iterator[str]:
+    pattern = re.compile(r"manifests/[^/]+/[^/]+/\d{4,}/policy\.json")
+    return (stat.key for stat in store.list(f"manifests/{fine_tune}/") if pattern.fullmatch(stat.key))
+
+
+def _manifest(store: Store, key: str) -> Manifest | None:
+    try:
+        return Manifest.parse(store.get_bytes(key), where=key)
+    except ArtifactNotFound:
+        return None

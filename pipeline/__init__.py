@@ -1,0 +1,1 @@
+"""What runs where and in which order: compile, run here, submit, schedule. Never touches a tensor."""

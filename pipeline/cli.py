@@ -1,0 +1,136 @@
+"""The `grpo` command. Heavy imports wait until a command needs them, so `--help` answers at once."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from components.common.errors import GrpoError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Fine-tune language models with GRPO: on this machine, or on Kubernetes through Kubeflow Pipelines.",
+)
+
+SettingsFile = Annotated[Path, typer.Argument(help="Settings file (TOML); `grpo init DIR` writes one.", metavar="FILE")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a setting: `--set update.learning_rate=2e-6`. Repeatable.", metavar="NAME=VALUE"),
+]
+Run = Annotated[
+    str | None, typer.Argument(help="`fine-tune/run-0001`, a fine-tune (its newest run), or nothing (the newest).")
+]
+
+
+@app.command()
+def run(
+    file: SettingsFile,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the newest run of this fine-tune; finished stages are kept.")
+    ] = False,
+) -> None:
+    """Run the pipeline on this machine, every stage a process."""
+    from rich.console import Console
+
+    from pipeline.live import Watcher
+    from pipeline.local import run_here
+    from pipeline.runs import find_run, new_run
+    from pipeline.settings import load
+
+    settings = load(file, overrides or [])
+    here = find_run(settings.fine_tune) if resume else new_run(settings.fine_tune)
+    if resume and here.state == "done":
+        raise GrpoError(f"{here.fine_tune}/{here.name} is done; start the next run without --resume")
+    console = Console(highlight=False)
+    title = f"{here.fine_tune}/{here.name}"
+    console.print(f"[bold]{title}[/]  {settings.iterations} iterations from {settings.model}, logs in {here.path / 'logs'}")
+    context = settings.context(run=here.name, first_iteration=0)
+    try:
+        with Watcher(console, title, context) as watch:
+            run_here(here, settings, watch)
+    except KeyboardInterrupt:
+        console.print(f"interrupted; go on with: grpo run {file} --resume")
+        raise typer.Exit(130) from None
+    _summarise(here.path, console)
+
+
+def _summarise(run_dir: Path, console: "object") -> None:
+    from components.common.events import read_events
+    from pipeline.progress import iteration_records, iteration_table
+    from pipeline.reports import export_report
+
+    report = export_report(run_dir)
+    console.print(iteration_table(iteration_records(read_events(run_dir))))  # type: ignore[attr-defined]
+    if report.summary:
+        console.print(report.summary)  # type: ignore[attr-defined]
+    console.print(f"report: {report.path}")  # type: ignore[attr-defined]
+
+
+@app.command(name="compile")
+def compile_pipeline(
+    file: SettingsFile,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the pipeline's IR goes.")] = Path("pipeline.yaml"),
+    overrides: Overrides = None,
+) -> None:
+    """Compile the pipeline to a file that the Kubeflow UI takes."""
+    from pipeline.compiling import compile_to
+    from pipeline.settings import load
+
+    settings = load(file, overrides or [])
+    tasks = compile_to(settings, output)
+    print(f"{output}: {tasks} tasks, {settings.iterations} iterations")
+
+
+@app.command()
+def init(folder: Annotated[Path, typer.Argument(help="Folder to make.", metavar="DIR")]) -> None:
+    """Write a commented settings file and a reward function to start from."""
+    from pipeline.scaffold import write_start
+
+    for path in write_start(folder):
+        print(path)
+    print(f"next: grpo run {folder / 'settings.toml'}")
+
+
+@app.command()
+def show(run: Run = None) -> None:
+    """Show a local run's iterations with their metrics."""
+    from rich.console import Console
+
+    from components.common.events import read_events
+    from pipeline.progress import iteration_records, iteration_table
+    from pipeline.runs import find_run
+
+    found = find_run(run)
+    console = Console(highlight=False)
+    console.print(f"[bold]{found.fine_tune}/{found.name}[/]  {found.state}")
+    console.print(iteration_table(iteration_records(read_events(found.path))))
+
+
+@app.command()
+def report(run: Run = None) -> None:
+    """Print the path of a local run's HTML report."""
+    from pipeline.reports import export_report
+    from pipeline.runs import find_run
+
+    print(export_report(find_run(run).path).path)
+
+
+def main() -> None:
+    """Entry point: a user's error is a message and status 1, never a traceback."""
+    try:
+        app()
+    except GrpoError as error:
+        from rich.console import Console
+
+        Console(stderr=True, highlight=False).print("[red]error:[/] ", end="")
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

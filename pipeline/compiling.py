@@ -1,0 +1,68 @@
+"""Compiling to KFP IR, and what the SDK cannot say: drop-downs for the enumerations."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from components.common.errors import SettingsError
+from components.configure.form import form_fields
+from pipeline.settings import PipelineSettings
+
+MAX_TASKS = 100
+"""Tasks of one run. A run's Workflow object grows by about 35 KB a task and etcd takes 1.5 MiB; Argo compresses the
+node status and offloads it where that is set up, so this is a budget, not a guarantee (docs/operations.md)."""
+
+
+def compile_to(settings: PipelineSettings, output: Path) -> int:
+    """Writes the IR of these settings to `output`, whole or not at all; gives the number of tasks.
+
+    Raises:
+        SettingsError: more tasks than one run holds; the message says how many iterations fit.
+    """
+    from kfp import compiler
+
+    from pipeline.graph import build
+
+    tasks = task_count(settings)
+    if tasks > MAX_TASKS:
+        raise SettingsError(
+            f"iterations: {settings.iterations} make {tasks} tasks, one run holds {MAX_TASKS}; "
+            f"{iterations_that_fit(settings)} iterations fit"
+        )
+    with tempfile.TemporaryDirectory(dir=output.resolve().parent) as folder:
+        draft = Path(folder) / "pipeline.yaml"
+        compiler.Compiler().compile(build(settings), str(draft))
+        documents = list(yaml.safe_load_all(draft.read_text()))
+        _add_choices(documents[0])
+        draft.write_text(yaml.dump_all(documents, sort_keys=False))
+        os.replace(draft, output)
+    return tasks
+
+
+def tasks_per_iteration(settings: PipelineSettings) -> int:
+    """KFP tasks of one iteration: rollout (a loop and its members when sharded), reward, update, evaluate."""
+    rollouts = 1 if settings.shards == 1 else settings.shards + 1
+    return rollouts + 3
+
+
+def task_count(settings: PipelineSettings) -> int:
+    """KFP tasks of a run: configure, dataset, the iterations, the final rollout, reward and evaluate, publish."""
+    each = tasks_per_iteration(settings)
+    return 2 + settings.iterations * each + (each - 1) + 1
+
+
+def iterations_that_fit(settings: PipelineSettings) -> int:
+    """Most iterations one run of these settings holds."""
+    each = tasks_per_iteration(settings)
+    return max(1, (MAX_TASKS - 3 - (each - 1)) // each)
+
+
+def _add_choices(ir: dict[str, Any]) -> None:
+    """Enumerations become drop-downs: the IR has `literals` for them, the SDK cannot write them."""
+    parameters = ir["root"]["inputDefinitions"]["parameters"]
+    for field in form_fields(PipelineSettings):
+        if field.choices and field.name in parameters:
+            parameters[field.name]["literals"] = list(field.choices)

@@ -1,0 +1,131 @@
+"""The pipeline: which stage follows which. Compiled for the cluster or run here, the same graph.
+
+    configure → dataset → ┌ rollout → reward → update ┐ … → rollout → reward → evaluate → publish
+                          └────────────→ evaluate     ┘
+
+KFP has no loop, so the iterations are unrolled when the graph is built.
+"""
+
+import inspect
+from typing import Any
+
+from kfp import dsl
+
+from components.configure.component import configure
+from components.configure.form import form_fields
+from components.dataset.component import dataset
+from components.evaluate.component import evaluate
+from components.publish.component import publish
+from components.reward.component import reward, reward_shards
+from components.rollout.component import rollout
+from components.update.component import update
+from pipeline.settings import PipelineSettings
+
+
+def build(settings: PipelineSettings) -> Any:
+    """The KFP pipeline of these settings; its parameters are the settings' form, its defaults their values."""
+    values = settings.model_dump(mode="json")
+    fields = list(form_fields(type(settings)))
+    parameters = [inspect.Parameter("run", inspect.Parameter.POSITIONAL_OR_KEYWORD, default="", annotation=str)]
+    parameters += [
+        inspect.Parameter(
+            field.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=field.default(values), annotation=field.kind
+        )
+        for field in fields
+    ]
+
+    def graph(*arguments: Any) -> None:
+        run, *form = arguments
+        _Graph(settings, run, dict(zip((field.name for field in fields), form, strict=True))).draw()
+
+    graph.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    graph.__doc__ = _description(settings, fields)
+    return dsl.pipeline(name=f"grpo-{settings.fine_tune}")(graph)
+
+
+def _description(settings: PipelineSettings, fields: list[Any]) -> str:
+    head = f"GRPO fine-tune {settings.fine_tune}: {settings.iterations} iterations from {settings.model}."
+    lines = [f"    {field.name}: {' '.join(field.description.split())}" for field in fields]
+    return "\n".join([head, "", "Args:", "    run: Name of the run; blank: the id Kubeflow gives it.", *lines])
+
+
+class _Graph:
+    """Draws the tasks of one run."""
+
+    def __init__(self, settings: PipelineSettings, run: Any, form: dict[str, Any]) -> None:
+        self.settings = settings
+        self.run = run
+        self.form = form
+
+    def draw(self) -> None:
+        begin = self._configure()
+        self.begin = begin
+        self.prompts = self._name(
+            dataset(settings=begin.outputs["dataset_settings"], policy=begin.outputs["policy"]), "dataset"
+        ).outputs["prompts"]
+        policies, optimizer = [begin.outputs["policy"]], begin.outputs["optimizer"]
+        history = begin.outputs["history"]
+        for iteration in range(self.settings.iterations):
+            sampled_from = policies[max(0, iteration - self.settings.staleness)]
+            scored = self._sample_and_score(iteration, sampled_from)
+            updated = self._update(iteration, policies[-1], optimizer, scored)
+            history = self._evaluate(iteration, policies[-1], scored, history)
+            policies.append(updated.outputs["next_policy"])
+            optimizer = updated.outputs["next_optimizer"]
+        scored = self._sample_and_score(self.settings.iterations, policies[-1])
+        history = self._evaluate(self.settings.iterations, policies[-1], scored, history)
+        decision = publish(settings=begin.outputs["publish_settings"], policy=policies[-1], evaluation=history)
+        self._name(decision, "publish")
+
+    def _configure(self) -> Any:
+        base = self.settings.model_dump_json(include=set(type(self.settings).model_fields) - {"cluster"})
+        return self._name(
+            configure(settings=base, run=self.run, job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER, **self.form), "configure"
+        )
+
+    def _sample_and_score(self, iteration: int, policy: Any) -> Any:
+        inputs = {
+            "settings": self.begin.outputs["rollout_settings"],
+            "iteration": iteration,
+            "policy": policy,
+            "prompts": self.prompts,
+        }
+        reward_settings = self.begin.outputs["reward_settings"]
+        if self.settings.shards == 1:
+            sampled = self._name(rollout(shard=0, **inputs), f"rollout {iteration}")
+            task = reward(settings=reward_settings, completions=sampled.outputs["completions"])
+        else:
+            with dsl.ParallelFor(items=list(range(self.settings.shards)), name=f"shards {iteration}") as shard:
+                sampled = self._name(rollout(shard=shard, **inputs), f"rollout {iteration}")
+            task = reward_shards(
+                settings=reward_settings,
+                completions=dsl.Collected(sampled.outputs["completions"]),
+            )
+        return self._name(task, f"reward {iteration}").outputs["scored"]
+
+    def _update(self, iteration: int, policy: Any, optimizer: Any, scored: Any) -> Any:
+        task = update(
+            settings=self.begin.outputs["update_settings"],
+            iteration=iteration,
+            policy=policy,
+            optimizer=optimizer,
+            reference=self.begin.outputs["reference"],
+            scored=scored,
+        )
+        return self._name(task, f"update {iteration}")
+
+    def _evaluate(self, iteration: int, policy: Any, scored: Any, history: Any) -> Any:
+        task = evaluate(
+            settings=self.begin.outputs["evaluate_settings"],
+            iteration=iteration,
+            policy=policy,
+            scored=scored,
+            history=history,
+        )
+        return self._name(task, f"evaluate {iteration}").outputs["evaluation"]
+
+    def _name(self, task: Any, name: str) -> Any:
+        """Readable in the UI's graph; results are reused by our own keys, which check that the bytes are still there."""
+        task.set_display_name(name)
+        task.set_caching_options(False)
+        return task

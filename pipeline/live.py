@@ -1,0 +1,79 @@
+"""What a local run shows while it goes on: a live view on a terminal, a line a stage elsewhere."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from components.common.settings import RunContext
+from pipeline.progress import Progress, iteration_table
+
+
+class Watcher:
+    """Takes a run's events again and again and shows what is new."""
+
+    def __init__(self, console: Console, title: str, context: RunContext) -> None:
+        self.console = console
+        self.title = title
+        self.context = context
+        self.started = time.monotonic()
+        self.shown = 0
+        self.live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> "Watcher":
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def __call__(self, events: list[dict[str, Any]]) -> None:
+        progress = Progress.of(events, self.context)
+        if self.live:
+            self.live.update(self._view(progress))
+        else:
+            for event in events[self.shown :]:
+                self._line(event)
+        self.shown = len(events)
+
+    def _view(self, progress: Progress) -> Group:
+        elapsed = _clock(time.monotonic() - self.started)
+        head = Text.assemble(
+            (self.title, "bold"), f"   iteration {progress.iteration} of {self.context.last_iteration}   {elapsed}"
+        )
+        stages = [Text(f"  {task.label}  {_clock(task.seconds)}  {task.detail}") for task in progress.running]
+        table = iteration_table(progress.records, tail=12)
+        return Group(head, *(stages or [Text("  …", style="dim")]), table)
+
+    def _line(self, event: Mapping[str, Any]) -> None:
+        kind, task = event["event"], event["task"]
+        if kind == "done":
+            figures = "  ".join(f"{name} {value:.4g}" for name, value in _headline(event).items())
+            self.console.print(f"{_clock(time.monotonic() - self.started)}  {task:<16} {event['seconds']:6.1f} s  {figures}")
+        elif kind == "skipped":
+            self.console.print(f"{_clock(time.monotonic() - self.started)}  {task:<16}  done before")
+        elif kind == "failed":
+            self.console.print(f"{_clock(time.monotonic() - self.started)}  {task:<16}  failed", style="red")
+
+
+HEADLINES = {
+    "rollout": ("rollout/num_completions", "rollout/tokens_per_second"),
+    "reward": ("reward", "frac_reward_zero_std"),
+    "update": ("loss", "grad_norm", "entropy"),
+    "evaluate": ("eval/pass@1",),
+}
+
+
+def _headline(event: Mapping[str, Any]) -> dict[str, float]:
+    metrics = event.get("metrics", {})
+    return {name: metrics[name] for name in HEADLINES.get(event["stage"], ()) if name in metrics}
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes:d}:{rest:02d}"

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Makes a virtual environment from locked requirements: install.sh FOLDER REQUIREMENTS...
+# Torch comes apart from them: the CPU build unless TORCH names a backend uv knows (cu130, rocm7.0, auto).
+set -euo pipefail
+venv=$1
+shift
+torch=${TORCH:-cpu}
+version=$(sed -n 's/^torch==//p' requirements/torch.txt)
+
+"${PYTHON:-python3}" -m venv "$venv"
+pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
+"${pip[@]}" install --upgrade pip setuptools wheel
+echo "torch $version ($torch)"
+if [ "$torch" != cpu ] || ! "${pip[@]}" install "torch==$version+cpu" 2>/dev/null; then
+    "${pip[@]}" install uv
+    "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --torch-backend "$torch" "torch==$version"
+fi
+for file in "$@"; do
+    echo "$file"
+    "${pip[@]}" install --requirement "$file"
+done
+"${pip[@]}" install --no-deps --no-build-isolation --editable .
+touch "$venv/.installed"

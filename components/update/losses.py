@@ -178,9 +178,7 @@ def _clipped(log_ratio_N: Tensor, advantages_N: Tensor, low: float, high: float,
     )
 
 
-def _cispo(
-    logprobs_N: Tensor, log_ratio_N: Tensor, advantages_N: Tensor, low: float, high: float
-) -> PolicyLoss:
+def _cispo(logprobs_N: Tensor, log_ratio_N: Tensor, advantages_N: Tensor, low: float, high: float) -> PolicyLoss:
     """-sg(clip(r, 1-low, 1+high)) A log p: arXiv:2506.13585 eq. 4 and 5, in the paper's convention.
 
     The bounds are offsets from 1, as in the paper, verl and NeMo-RL; TRL's `epsilon_high` is the bound itself, so its
@@ -188,9 +186,7 @@ def _cispo(
     """
     ratio_N = _exp(log_ratio_N.detach())
     bounded_N = ratio_N.clamp(max(1.0 - low, 0.0), 1.0 + high)
-    return PolicyLoss(
-        -bounded_N * advantages_N * logprobs_N, ratio_N, ratio_N < 1.0 - low, ratio_N > 1.0 + high
-    )
+    return PolicyLoss(-bounded_N * advantages_N * logprobs_N, ratio_N, ratio_N < 1.0 - low, ratio_N > 1.0 + high)
 
 
 def _exp(log_ratio_N: Tensor) -> Tensor:

@@ -44,9 +44,7 @@ def token_rewards(rewards_S: Tensor, lengths_S: Tensor, kl_N: Tensor | None = No
     return rewards_N
 
 
-def gae(
-    rewards_N: Tensor, values_N: Tensor, lengths_S: Tensor, *, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
+def gae(rewards_N: Tensor, values_N: Tensor, lengths_S: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates and returns, (N,) each, detached; arXiv:1506.02438 eq. 16.
 
         delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lambda A_{t+1}        R_t = A_t + V_t
@@ -54,7 +52,8 @@ def gae(
     V and A are 0 after a sequence's last token, also after one cut off by the length limit: its reward is all it gets.
     """
     values_N = values_N.detach()
-    present_ST = torch.arange(int(lengths_S.max()) if len(lengths_S) else 0, device=values_N.device) < lengths_S[:, None]
+    longest = int(lengths_S.max()) if len(lengths_S) else 0
+    present_ST = torch.arange(longest, device=values_N.device) < lengths_S[:, None]
     rewards_ST, values_ST = (_padded(x_N, present_ST) for x_N in (rewards_N.to(values_N.dtype), values_N))
     advantages_ST = torch.zeros_like(values_ST)
     next_value_S = next_advantage_S = values_N.new_zeros(len(lengths_S))

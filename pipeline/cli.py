@@ -19,7 +19,7 @@ app = typer.Typer(
 SettingsFile = Annotated[Path, typer.Argument(help="Settings file (TOML); `grpo init DIR` writes one.", metavar="FILE")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override a setting: `--set update.learning_rate=2e-6`. Repeatable.", metavar="NAME=VALUE"),
+    typer.Option("--set", metavar="NAME=VALUE", help="Override a setting: `--set update.learning_rate=2e-6`; repeatable."),
 ]
 Run = Annotated[
     str | None, typer.Argument(help="`fine-tune/run-0001`, a fine-tune (its newest run), or nothing (the newest).")
@@ -48,7 +48,7 @@ def run(
         raise GrpoError(f"{here.fine_tune}/{here.name} is done; start the next run without --resume")
     console = Console(highlight=False)
     title = f"{here.fine_tune}/{here.name}"
-    console.print(f"[bold]{title}[/]  {settings.iterations} iterations from {settings.model}, logs in {here.path / 'logs'}")
+    console.print(f"[bold]{title}[/]  {settings.iterations} iterations from {settings.model}; logs in {here.path}/logs")
     context = settings.context(run=here.name, first_iteration=0)
     try:
         with Watcher(console, title, context) as watch:
@@ -74,7 +74,7 @@ def _summarise(run_dir: Path, console: "object") -> None:
 @app.command(name="compile")
 def compile_pipeline(
     file: SettingsFile,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where the pipeline's IR goes.")] = Path("pipeline.yaml"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")] = Path("pipeline.yaml"),
     overrides: Overrides = None,
 ) -> None:
     """Compile the pipeline to a file that the Kubeflow UI takes."""

@@ -9,16 +9,16 @@ KFP has no loop, so the iterations are unrolled when the graph is built.
 import inspect
 from typing import Any
 
-from kfp import dsl
-
-from components.configure.component import configure
-from components.configure.form import form_fields
 from components.dataset.component import dataset
 from components.evaluate.component import evaluate
 from components.publish.component import publish
 from components.reward.component import reward, reward_shards
 from components.rollout.component import rollout
 from components.update.component import update
+from kfp import dsl
+
+from components.configure.component import configure
+from components.configure.form import form_fields
 from pipeline.settings import PipelineSettings
 
 
@@ -125,7 +125,7 @@ class _Graph:
         return self._name(task, f"evaluate {iteration}").outputs["evaluation"]
 
     def _name(self, task: Any, name: str) -> Any:
-        """Readable in the UI's graph; results are reused by our own keys, which check that the bytes are still there."""
+        """Named in the UI's graph. Results are reused by our own keys, which check that the bytes are still there."""
         task.set_display_name(name)
         task.set_caching_options(False)
         return task

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -23,7 +23,7 @@ class Watcher:
         self.shown = 0
         self.live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
 
-    def __enter__(self) -> "Watcher":
+    def __enter__(self) -> Self:
         if self.live:
             self.live.start()
         return self
@@ -51,14 +51,14 @@ class Watcher:
         return Group(head, *(stages or [Text("  …", style="dim")]), table)
 
     def _line(self, event: Mapping[str, Any]) -> None:
-        kind, task = event["event"], event["task"]
+        kind, task, clock = event["event"], event["task"], _clock(time.monotonic() - self.started)
         if kind == "done":
             figures = "  ".join(f"{name} {value:.4g}" for name, value in _headline(event).items())
-            self.console.print(f"{_clock(time.monotonic() - self.started)}  {task:<16} {event['seconds']:6.1f} s  {figures}")
+            self.console.print(f"{clock}  {task:<16} {event['seconds']:6.1f} s  {figures}")
         elif kind == "skipped":
-            self.console.print(f"{_clock(time.monotonic() - self.started)}  {task:<16}  done before")
+            self.console.print(f"{clock}  {task:<16}  done before")
         elif kind == "failed":
-            self.console.print(f"{_clock(time.monotonic() - self.started)}  {task:<16}  failed", style="red")
+            self.console.print(f"{clock}  {task:<16}  failed", style="red")
 
 
 HEADLINES = {

@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,23 +92,13 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
         family = []
     child.kill()  # the runner first: it must not start the next task
     for process in family:
-        with _gone():
+        with suppress(psutil.NoSuchProcess):  # it ended by itself meanwhile
             process.terminate()
     _, alive = psutil.wait_procs(family, timeout=GRACE_SECONDS)
     for process in alive:
-        with _gone():
+        with suppress(psutil.NoSuchProcess):
             process.kill()
     child.wait()
-
-
-@contextmanager
-def _gone() -> Iterator[None]:
-    import psutil
-
-    try:
-        yield
-    except psutil.NoSuchProcess:  # it ended by itself meanwhile
-        pass
 
 
 def _reason(run: RunDir, events: list[dict[str, Any]]) -> str:

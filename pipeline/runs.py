@@ -97,7 +97,7 @@ def find_run(text: str | None) -> RunDir:
     folders = [ROOT / text] if text else sorted(ROOT.glob("*"))
     runs = [run for folder in folders for run in runs_of(folder)]
     if not runs:
-        known = ", ".join(sorted({f"{run.fine_tune}/{run.name}" for folder in ROOT.glob("*") for run in runs_of(folder)}))
+        known = ", ".join(f"{run.fine_tune}/{run.name}" for folder in sorted(ROOT.glob("*")) for run in runs_of(folder))
         raise SettingsError(f"no run {text or 'yet'} under {ROOT.resolve()}; there is: {known or 'nothing'}")
     return max(runs, key=lambda run: run.settings_path.stat().st_mtime)
 

@@ -16,7 +16,7 @@ STAGE_SECTIONS = ("dataset", "rollout", "reward", "update", "evaluate", "publish
 
 
 class RunSettings(Settings):
-    """Everything a run can vary. TOML file, command line, Kubeflow form and reference table derive from these fields."""
+    """Everything a run can vary: file, command line, Kubeflow form and reference table derive from these fields."""
 
     fine_tune: str = Field(pattern=NAME_PATTERN)
     """Name of the fine-tune: a chain of runs that share a champion and an MLflow run."""

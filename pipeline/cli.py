@@ -19,7 +19,7 @@ app = typer.Typer(
 SettingsFile = Annotated[Path, typer.Argument(help="Settings file (TOML); `grpo init DIR` writes one.", metavar="FILE")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Override a setting: `--set update.learning_rate=2e-6`; repeatable."),
+    typer.Option("--set", metavar="NAME=VALUE", help="Override a setting: `update.learning_rate=2e-6`; repeatable."),
 ]
 Run = Annotated[
     str | None, typer.Argument(help="`fine-tune/run-0001`, a fine-tune (its newest run), or nothing (the newest).")

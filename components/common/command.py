@@ -14,7 +14,7 @@ from components.common.errors import GrpoError
 
 
 def main(run: Callable[..., None], arguments: list[str] | None = None) -> None:
-    """Parses the command line into `run`'s parameters and calls it; a user's error ends with status 2 and one message."""
+    """Parses the command line into `run`'s parameters and calls it; a user's error is one line and status 2."""
     parser = _parser(run)
     values = vars(parser.parse_args(arguments))
     try:

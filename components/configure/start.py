@@ -57,7 +57,7 @@ def _check(files: dict[str, Path], model: str) -> None:
             "with `save_pretrained`"
         )
     if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & set(files):
-        raise DataError(f"model {model}: no tokenizer (tokenizer.json); save it into that folder with `save_pretrained`")
+        raise DataError(f"model {model}: no tokenizer (tokenizer.json); save it there too with `save_pretrained`")
 
 
 def _from_hub(model: str) -> Path:

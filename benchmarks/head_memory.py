@@ -1,0 +1,83 @@
+"""Peak memory and time of loss and backward over the language-model head: ours against full logits.
+
+    python benchmarks/head_memory.py [--tokens 8192] [--vocabulary 151936] [--hidden 512] [--dtype float32]
+
+Each way runs in a process of its own; on a CPU the peak is the resident set's (`ru_maxrss`, less what was there
+before), on a GPU the allocator's. `plain` is the least a plain implementation needs: logits, log_softmax, gather.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+
+WAYS = ("plain", "recomputed", "fused")
+
+
+def measure(way: str, tokens: int, vocabulary: int, hidden: int, dtype: str) -> dict[str, float]:
+    """Peak bytes above the inputs, seconds, and the gradients' norms (equal for every way)."""
+    import torch
+
+    from components.update.head import fused_head_loss, linear_logprobs
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    options = {"dtype": getattr(torch, dtype), "device": device}
+    hidden_NH = torch.randn(tokens, hidden, **options).requires_grad_()
+    weight_VH = torch.randn(vocabulary, hidden, **options).mul_(0.05).requires_grad_()
+    targets_N = torch.randint(0, vocabulary, (tokens,), device=device)
+    weights_N = torch.randn(tokens, device=device)
+    before, start = resident(device), time.perf_counter()
+    if way == "plain":
+        logprobs_NV = torch.log_softmax(hidden_NH @ weight_VH.t(), dim=-1)
+        loss = (logprobs_NV.gather(1, targets_N[:, None]).squeeze(1) * weights_N).sum()
+    elif way == "recomputed":
+        loss = (linear_logprobs(hidden_NH, weight_VH, targets_N)[0] * weights_N).sum()
+    else:
+        loss = fused_head_loss(hidden_NH, weight_VH, targets_N, lambda logp_n, _, n: logp_n * weights_N[n]).loss
+    loss.backward()
+    norms = [x.grad.float().norm().item() for x in (hidden_NH, weight_VH)]
+    seconds = time.perf_counter() - start
+    return {"bytes": resident(device) - before, "seconds": seconds, "norms": norms}
+
+
+def resident(device: str) -> int:
+    """Highest memory use so far, bytes."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--vocabulary", type=int, default=151_936)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--way", choices=WAYS, help="measure this one in this process and print JSON")
+    arguments = parser.parse_args()
+    sizes = arguments.tokens, arguments.vocabulary, arguments.hidden, arguments.dtype
+    if arguments.way:
+        print(json.dumps(measure(arguments.way, *sizes)))
+        return
+    results = {}
+    for way in WAYS:
+        command = [sys.executable, __file__, "--way", way, *sys.argv[1:]]
+        results[way] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    print(f"{arguments.tokens} tokens, vocabulary {arguments.vocabulary}, hidden {arguments.hidden}, {arguments.dtype}")
+    for way, result in results.items():
+        memory, seconds = (results["plain"][name] / result[name] for name in ("bytes", "seconds"))
+        norms = ", ".join(f"{norm:.6g}" for norm in result["norms"])
+        print(
+            f"{way:>10}  peak {result['bytes'] / 2**30:6.2f} GiB ({memory:4.1f}x smaller)   "
+            f"{result['seconds']:6.1f} s ({seconds:4.2f}x faster)   gradient norms {norms}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -71,7 +71,7 @@ class Load:
 class Sampler(Protocol):
     """An engine that holds one policy.
 
-    `sample` yields each request's completion once, in any order. A given engine draws the same completion for a
+    `sample` yields each request's completion once, in any order, as many at a time as come together. A given engine draws the same completion for a
     request (same prompt, seed and sampling) in whichever batch or shard it stands, up to rounding in the logits.
     """
 
@@ -80,7 +80,7 @@ class Sampler(Protocol):
     def file_digests(self) -> dict[str, str]:
         """Digest of each policy file this engine read its weights from, taken from the bytes it read."""
 
-    def sample(self, requests: Sequence[SampleRequest]) -> Iterator[Completion]:
+    def sample(self, requests: Sequence[SampleRequest]) -> Iterator[Sequence[Completion]]:
         """Draws a completion for every request."""
 
     def close(self) -> None:

@@ -45,7 +45,11 @@ class TransformersSampler:
     def __init__(self, policy: Path, settings: RolloutSettings, decode: Callable[[list[int]], str]) -> None:
         import torch
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
+        if settings.num_threads:
+            torch.set_num_threads(settings.num_threads)
         self.load = Load()
         self.batch_size = settings.batch_size
         self.decode = decode
@@ -82,19 +86,20 @@ class TransformersSampler:
         """Frees the model."""
         del self.model
 
-    def sample(self, requests: Sequence[SampleRequest]) -> Iterator[Completion]:
-        """Draws every request, `batch_size` at a time; requests of one sampling are batched together."""
+    def sample(self, requests: Sequence[SampleRequest]) -> Iterator[list[Completion]]:
+        """Draws every request, about `batch_size` at a time, and yields a batch when all of it is drawn.
+
+        Batches hold whole groups, so that one that goes on after finished batches forms the same ones as before.
+        """
         import torch
 
         self.load = Load(waiting=len(requests))
-        for sampling, group in groupby(requests, key=lambda request: request.sampling):
-            pending = list(group)
-            for start in range(0, len(pending), self.batch_size):
-                batch = pending[start : start + self.batch_size]
-                self.load = Load(running=len(batch), waiting=self.load.waiting - len(batch))
-                with torch.inference_mode():
-                    yield from self._decode_batch(batch, sampling)
-        self.load = Load()
+        for batch in _batches(requests, self.batch_size):
+            self.load = Load(running=len(batch), waiting=self.load.waiting - len(batch))
+            with torch.inference_mode():
+                completions = list(self._decode_batch(batch, batch[0].sampling))
+            self.load = Load(waiting=self.load.waiting)
+            yield completions
 
     def _decode_batch(self, requests: list[SampleRequest], sampling: Sampling) -> Iterator[Completion]:
         import torch
@@ -166,6 +171,22 @@ class TransformersSampler:
     def _stops(self, ids: list[int], stop: tuple[str, ...]) -> bool:
         tail = self.decode(ids[-max(map(len, stop)) - 4 :])  # a token is at least a character, or part of one
         return any(text in tail for text in stop)
+
+
+def _batches(requests: Sequence[SampleRequest], size: int) -> Iterator[list[SampleRequest]]:
+    """Cuts requests into batches of one sampling and at most `size`, between groups; a larger group is cut itself."""
+    batch: list[SampleRequest] = []
+    for _, members in groupby(requests, key=lambda request: (request.sampling, request.prompt_id)):
+        group = list(members)
+        if batch and (batch[0].sampling != group[0].sampling or len(batch) + len(group) > size):
+            yield batch
+            batch = []
+        batch += group
+        while len(batch) > size:
+            yield batch[:size]
+            batch = batch[size:]
+    if batch:
+        yield batch
 
 
 def _distinct_prompts(requests: Sequence[SampleRequest]) -> tuple[list[Sequence[int]], list[int]]:

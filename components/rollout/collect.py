@@ -1,0 +1,131 @@
+"""Drawing a job's groups: keeps the engine fed, tells how far it is, saves what is finished, also when it is stopped."""
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from components.common.errors import HealthError, StageError
+from components.rollout.config import RolloutSettings
+from components.rollout.plan import Group
+from components.rollout.resume import Key, Sample, Saved
+from components.rollout.sampler import Completion, Sampler
+
+log = logging.getLogger("grpo")
+
+Progress = Callable[..., None]
+
+
+@dataclass
+class Collection:
+    """Groups and the samples drawn for them so far."""
+
+    groups: Sequence[Group]
+    finished: dict[Key, list[Sample]]
+    saved: Saved
+    num_tokens: int = 0
+    num_drawn: int = 0
+    _open: dict[Key, dict[int, Sample]] = field(default_factory=dict)
+    _unsaved: list[Key] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._by_key = {group.key: group for group in self.groups}
+        self._keys = {id(request): group.key for group in self.groups for request in group.requests}
+
+    @property
+    def pending(self) -> list[Group]:
+        """Groups that are not finished, in the order they are to be drawn."""
+        return [group for group in self.groups if group.key not in self.finished]
+
+    def add(self, completion: Completion) -> None:
+        """Takes a completion in; a group is finished with its last one."""
+        import numpy as np
+
+        key = self._keys[id(completion.request)]
+        sample = Sample(
+            np.asarray(completion.completion_ids, np.int32), np.asarray(completion.logprobs, np.float32),
+            completion.finish_reason, completion.error,
+        )  # fmt: skip
+        members = self._open.setdefault(key, {})
+        members[completion.request.sample_index] = sample
+        self.num_tokens += len(sample.completion_ids)
+        self.num_drawn += 1
+        if len(members) == len(self._by_key[key].requests):
+            self.finished[key] = [members[index] for index in range(len(members))]
+            self._unsaved.append(key)
+            del self._open[key]
+
+    def save(self) -> None:
+        """Puts finished groups that are not in the store yet into it."""
+        if self._unsaved:
+            keys, self._unsaved = self._unsaved, []
+            self.saved.save([(self._by_key[key], self.finished[key]) for key in keys])
+
+
+def draw_all(collection: Collection, sampler: Sampler, settings: RolloutSettings, progress: Progress) -> None:
+    """Draws every pending group. On SIGTERM, Ctrl-C or a failure the finished groups are saved first.
+
+    Raises:
+        StageError: the process was told to end.
+        HealthError: too many samples failed.
+    """
+    requests = [request for group in collection.pending for request in group.requests]
+    started = told = saved = time.monotonic()
+    with _terminable() as check_terminated:
+        try:
+            for batch in sampler.sample(requests):
+                for completion in batch:
+                    collection.add(completion)
+                check_terminated()
+                now = time.monotonic()
+                if now - saved >= settings.save_every_seconds:
+                    collection.save()
+                    saved = time.monotonic()
+                if now - told >= settings.progress_every_seconds:
+                    told = now
+                    _tell(collection, sampler, len(requests), now - started, progress)
+        except BaseException:
+            collection.save()
+            raise
+    _check_failures(collection, settings)
+
+
+def _tell(collection: Collection, sampler: Sampler, total: int, seconds: float, progress: Progress) -> None:
+    speed = collection.num_drawn / seconds
+    progress(
+        collection.num_drawn, total, tokens_per_second=collection.num_tokens / seconds, running=sampler.load.running,
+        waiting=sampler.load.waiting, seconds_left=(total - collection.num_drawn) / speed if speed else float("nan"),
+    )  # fmt: skip
+
+
+def _check_failures(collection: Collection, settings: RolloutSettings) -> None:
+    samples = [sample for group in collection.groups for sample in collection.finished[group.key]]
+    failed = [sample for sample in samples if sample.finish_reason == "error"]
+    if not failed:
+        return
+    message = f"{len(failed)} of {len(samples)} samples could not be drawn; the first: {failed[0].error}"
+    if len(failed) > settings.max_failed_share * len(samples):
+        raise HealthError(f"{message}; rollout.max_failed_share = {settings.max_failed_share} allows fewer")
+    log.warning("%s; they are recorded as failed", message)
+
+
+@contextmanager
+def _terminable() -> Iterator[Callable[[], None]]:
+    """Turns SIGTERM into an error at the next batch; only the main thread may catch signals."""
+    told = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+
+    def check() -> None:
+        if told.is_set():
+            raise StageError("told to end (SIGTERM): finished groups are saved, the next start goes on with the others")
+
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGTERM, before)

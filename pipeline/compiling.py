@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from components.common.errors import SettingsError
+from components.configure.config import RunSettings
 from components.configure.form import form_fields
 from pipeline.settings import PipelineSettings
 
@@ -34,7 +35,7 @@ def compile_to(settings: PipelineSettings, output: Path) -> int:
         )
     with tempfile.TemporaryDirectory(dir=output.resolve().parent) as folder:
         draft = Path(folder) / "pipeline.yaml"
-        compiler.Compiler().compile(build(settings), str(draft))
+        compiler.Compiler().compile(build(settings, on_cluster=True), str(draft))
         documents = list(yaml.safe_load_all(draft.read_text()))
         _add_choices(documents[0])
         draft.write_text(yaml.dump_all(documents, sort_keys=False))
@@ -63,6 +64,6 @@ def iterations_that_fit(settings: PipelineSettings) -> int:
 def _add_choices(ir: dict[str, Any]) -> None:
     """Enumerations become drop-downs: the IR has `literals` for them, the SDK cannot write them."""
     parameters = ir["root"]["inputDefinitions"]["parameters"]
-    for field in form_fields(PipelineSettings):
+    for field in form_fields(RunSettings):
         if field.choices and field.name in parameters:
             parameters[field.name]["literals"] = list(field.choices)

@@ -10,22 +10,29 @@ import inspect
 from typing import Any
 
 from components.dataset.component import dataset
-from components.evaluate.component import evaluate
 from components.publish.component import publish
-from components.reward.component import reward, reward_shards
-from components.rollout.component import rollout
 from components.update.component import update
 from kfp import dsl
 
 from components.configure.component import configure
+from components.configure.config import RunSettings
 from components.configure.form import form_fields
+from components.evaluate.component import evaluate
+from components.reward.component import reward, reward_shards
+from components.rollout.component import rollout
+from pipeline import resources
+from pipeline.images import image_of
 from pipeline.settings import PipelineSettings
 
 
-def build(settings: PipelineSettings) -> Any:
-    """The KFP pipeline of these settings; its parameters are the settings' form, its defaults their values."""
+def build(settings: PipelineSettings, *, on_cluster: bool) -> Any:
+    """The KFP pipeline of these settings; its parameters are the settings' form, its defaults their values.
+
+    Raises:
+        SettingsError: on a cluster, when a stage has no image.
+    """
     values = settings.model_dump(mode="json")
-    fields = list(form_fields(type(settings)))
+    fields = list(form_fields(RunSettings))
     parameters = [inspect.Parameter("run", inspect.Parameter.POSITIONAL_OR_KEYWORD, default="", annotation=str)]
     parameters += [
         inspect.Parameter(
@@ -36,7 +43,7 @@ def build(settings: PipelineSettings) -> Any:
 
     def graph(*arguments: Any) -> None:
         run, *form = arguments
-        _Graph(settings, run, dict(zip((field.name for field in fields), form, strict=True))).draw()
+        _Graph(settings, run, dict(zip((field.name for field in fields), form, strict=True)), on_cluster).draw()
 
     graph.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     graph.__doc__ = _description(settings, fields)
@@ -52,8 +59,9 @@ def _description(settings: PipelineSettings, fields: list[Any]) -> str:
 class _Graph:
     """Draws the tasks of one run."""
 
-    def __init__(self, settings: PipelineSettings, run: Any, form: dict[str, Any]) -> None:
+    def __init__(self, settings: PipelineSettings, run: Any, form: dict[str, Any], on_cluster: bool) -> None:
         self.settings = settings
+        self.on_cluster = on_cluster
         self.run = run
         self.form = form
 
@@ -128,4 +136,7 @@ class _Graph:
         """Named in the UI's graph. Results are reused by our own keys, which check that the bytes are still there."""
         task.set_display_name(name)
         task.set_caching_options(False)
+        if self.on_cluster:
+            stage = name.split()[0]
+            resources.apply(task, stage, self.settings.cluster, image_of(stage, self.settings.cluster))
         return task

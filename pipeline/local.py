@@ -125,7 +125,7 @@ def drive(run: RunDir) -> None:
     settings = validate(PipelineSettings, run.settings(), where=str(run.settings_path))
     root = run.path.resolve() / "kfp"
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root), raise_on_error=True)
-    build(settings)(run=run.name)
+    build(settings, on_cluster=False)(run=run.name)
 
 
 if __name__ == "__main__":

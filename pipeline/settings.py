@@ -7,10 +7,14 @@ from typing import Any
 from components.common.errors import SettingsError
 from components.common.settings import apply_overrides, read_toml, validate
 from components.configure.config import RunSettings
+from pipeline.resources import ClusterSettings
 
 
 class PipelineSettings(RunSettings):
     """A whole settings file."""
+
+    cluster: ClusterSettings = ClusterSettings()
+    """Pods, on a cluster."""
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> PipelineSettings:

@@ -1,0 +1,224 @@
+"""Where a stage's pod runs and what it gets: declared under `[cluster]`, applied to the tasks of the graph.
+
+`[cluster]` holds what all stages share, `[cluster.<stage>]` what one needs. A preset fills in what a cloud calls its
+GPU pools; what the file says wins over it.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from components.common.settings import Settings
+
+QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"
+CACHE_MOUNT = "/cache"
+SHM_MOUNT = "/dev/shm"
+SCRATCH_MOUNT = "/tmp"
+KUEUE_QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "gpu-operator": {"label": "nvidia.com/gpu.product", "taint": "nvidia.com/gpu", "spot_label": {}, "spot_taint": ""},
+    "gke": {
+        "label": "cloud.google.com/gke-accelerator",
+        "taint": "nvidia.com/gpu",
+        "spot_label": {"cloud.google.com/gke-spot": "true"},
+        "spot_taint": "cloud.google.com/gke-spot",
+    },
+    "eks": {
+        "label": "karpenter.k8s.aws/instance-gpu-name",
+        "taint": "nvidia.com/gpu",
+        "spot_label": {"karpenter.sh/capacity-type": "spot"},
+        "spot_taint": "",
+    },
+    "aks": {
+        "label": "kubernetes.azure.com/agentpool",
+        "taint": "sku",
+        "spot_label": {"kubernetes.azure.com/scalesetpriority": "spot"},
+        "spot_taint": "kubernetes.azure.com/scalesetpriority",
+    },
+}
+"""What a cloud labels and taints its GPU nodes with. Sources: GPU operator's feature discovery labels; GKE GPU node
+pools; Karpenter's AWS labels; AKS node pools (GPU pools carry the taint `sku=gpu` by its documentation)."""
+
+
+class Toleration(Settings):
+    """A taint a pod accepts."""
+
+    key: str
+    """Key of the taint."""
+    operator: Literal["Exists", "Equal"] = "Exists"
+    """`Equal` compares the value too."""
+    value: str | None = None
+    """Value of the taint, with `Equal`."""
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    """Effect of the taint; unset: every effect."""
+
+
+class StageResources(Settings):
+    """One stage's pod."""
+
+    image: str | None = None
+    """Container image; unset: the one of this stage in `images/lock.json`."""
+    cpu: str = Field(default="1", pattern=QUANTITY)
+    """CPUs requested."""
+    cpu_limit: str | None = Field(default=None, pattern=QUANTITY)
+    """CPUs at most; unset: no limit."""
+    memory: str = Field(default="2Gi", pattern=QUANTITY)
+    """Memory requested, and its limit."""
+    gpus: int = Field(default=0, ge=0, le=16)
+    """GPUs of a pod."""
+    gpu_resource: str = "nvidia.com/gpu"
+    """Name of the GPU resource."""
+    gpu_type: str | None = None
+    """Value of the node label that names the GPU type or pool in the preset's cloud, e.g. `nvidia-h100-80gb`."""
+    node_selector: dict[str, str] = {}
+    """More node labels the pod wants."""
+    tolerations: tuple[Toleration, ...] = ()
+    """More taints the pod accepts."""
+    spot: bool = False
+    """Run on nodes that may be taken away: fit for rollouts, which resume at the first unfinished group."""
+    shm: str | None = Field(default=None, pattern=QUANTITY)
+    """Size of `/dev/shm`, for communication between the GPUs of a pod; counts as memory."""
+    scratch: str = Field(default="20Gi", pattern=QUANTITY)
+    """Size of `/tmp`, where artifacts are unpacked."""
+    cache_claim: str | None = None
+    """PersistentVolumeClaim mounted as the node cache at `/cache`; unset: an empty volume of the pod."""
+    cache_size: str = Field(default="50Gi", pattern=QUANTITY)
+    """Bound of the cache."""
+    timeout_minutes: int = Field(default=720, ge=1)
+    """The task fails after that."""
+    retries: int = Field(default=2, ge=0, le=10)
+    """Times a failed task is started again; a stage goes on where it was."""
+    retry_backoff_seconds: int = Field(default=30, ge=0)
+    """Pause before the first retry; doubled each time, an hour at most."""
+    run_as_user: int | None = Field(default=1000, ge=1)
+    """User id of the process; our images have 1000."""
+    environment: dict[str, str] = {}
+    """Environment variables."""
+
+
+CPU_STAGE = StageResources()
+GPU_STAGE = StageResources(cpu="8", memory="64Gi", gpus=1, shm="16Gi", scratch="100Gi")
+
+
+class ClusterSettings(Settings):
+    """Where the stages run. Ignored by local runs."""
+
+    preset: Literal["gpu-operator", "gke", "eks", "aks"] = "gpu-operator"
+    """How the cluster labels and taints GPU nodes."""
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    """When images are pulled."""
+    image_pull_secrets: tuple[str, ...] = ()
+    """Secrets with registry credentials."""
+    storage_secret: str | None = "grpo-object-storage"
+    """Secret with `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`; unset: the pod's own identity (IRSA)."""
+    hub_secret: str | None = None
+    """Secret with `HF_TOKEN`, for gated models and data sets."""
+    config_map: str | None = "grpo-config"
+    """ConfigMap whose `AWS_REGION` and `MLFLOW_TRACKING_URI` become environment variables."""
+    queue: str | None = None
+    """Kueue LocalQueue the pods wait in."""
+    service_account: str | None = None
+    """Service account of the run; unset: Kubeflow's (`pipeline-runner` or `default-editor`)."""
+    configure: StageResources = CPU_STAGE
+    """Pod of configure."""
+    dataset: StageResources = CPU_STAGE
+    """Pod of dataset."""
+    rollout: StageResources = GPU_STAGE
+    """Pods of rollout."""
+    reward: StageResources = CPU_STAGE
+    """Pod of reward."""
+    update: StageResources = GPU_STAGE
+    """Pod of update."""
+    evaluate: StageResources = CPU_STAGE
+    """Pod of evaluate."""
+    publish: StageResources = CPU_STAGE
+    """Pod of publish."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_stage_defaults(cls, values: Any) -> Any:
+        """A section that names one value keeps the stage's defaults for the rest."""
+        if isinstance(values, dict):
+            for stage in ("rollout", "update"):
+                if isinstance(values.get(stage), dict):
+                    values = values | {stage: GPU_STAGE.model_dump(exclude_defaults=True) | values[stage]}
+        return values
+
+    def stage(self, name: str) -> StageResources:
+        """The pod of a stage."""
+        return getattr(self, name)
+
+
+def node_selector(cluster: ClusterSettings, pod: StageResources) -> dict[str, str]:
+    """Labels the pod's node must have."""
+    preset = PRESETS[cluster.preset]
+    labels = {preset["label"]: pod.gpu_type} if pod.gpus and pod.gpu_type else {}
+    return labels | (preset["spot_label"] if pod.spot else {}) | pod.node_selector
+
+
+def tolerations(cluster: ClusterSettings, pod: StageResources) -> list[Toleration]:
+    """Taints the pod accepts: GPU pools', spot pools', and what the settings add."""
+    preset = PRESETS[cluster.preset]
+    keys = [preset["taint"]] if pod.gpus else []
+    keys += [preset["spot_taint"]] if pod.spot and preset["spot_taint"] else []
+    return [Toleration(key=key) for key in keys] + list(pod.tolerations)
+
+
+def apply(task: Any, stage: str, cluster: ClusterSettings, image: str) -> None:
+    """Gives a task of the graph its image, resources, place, volumes, secrets and limits."""
+    from kfp import kubernetes
+
+    pod = cluster.stage(stage)
+    task.set_container_image(image)
+    task.set_cpu_request(pod.cpu).set_memory_request(pod.memory).set_memory_limit(pod.memory)
+    if pod.cpu_limit:
+        task.set_cpu_limit(pod.cpu_limit)
+    if pod.gpus:  # as text: an int parameter would silently drop the limit
+        task.set_accelerator_type(pod.gpu_resource).set_accelerator_limit(str(pod.gpus))
+    for key, value in node_selector(cluster, pod).items():
+        kubernetes.add_node_selector(task, key, value)
+    for found in tolerations(cluster, pod):
+        kubernetes.add_toleration(task, found.key, found.operator, found.value, found.effect)
+    _mount(task, pod)
+    _identify(task, cluster, pod)
+    kubernetes.set_timeout(task, pod.timeout_minutes * 60)
+    if pod.retries:
+        backoff = f"{pod.retry_backoff_seconds}s"
+        task.set_retry(pod.retries, backoff_duration=backoff, backoff_factor=2.0, backoff_max_duration="3600s")
+    kubernetes.add_pod_label(task, "app.kubernetes.io/part-of", "grpo-pipeline")
+    kubernetes.add_pod_label(task, "app.kubernetes.io/component", stage)
+    if cluster.queue:
+        kubernetes.add_pod_label(task, KUEUE_QUEUE_LABEL, cluster.queue)
+
+
+def _mount(task: Any, pod: StageResources) -> None:
+    from kfp import kubernetes
+
+    kubernetes.empty_dir_mount(task, "scratch", SCRATCH_MOUNT, size_limit=pod.scratch)
+    if pod.shm:
+        kubernetes.empty_dir_mount(task, "shm", SHM_MOUNT, medium="Memory", size_limit=pod.shm)
+    if pod.cache_claim:
+        kubernetes.mount_pvc(task, pod.cache_claim, CACHE_MOUNT)
+    else:
+        kubernetes.empty_dir_mount(task, "cache", CACHE_MOUNT, size_limit=pod.cache_size)
+    for name, value in pod.environment.items():
+        task.set_env_variable(name, value)
+
+
+def _identify(task: Any, cluster: ClusterSettings, pod: StageResources) -> None:
+    from kfp import kubernetes
+
+    kubernetes.set_image_pull_policy(task, cluster.image_pull_policy)
+    if cluster.image_pull_secrets:
+        kubernetes.set_image_pull_secrets(task, list(cluster.image_pull_secrets))
+    if pod.run_as_user:
+        kubernetes.set_security_context(task, run_as_user=pod.run_as_user, run_as_non_root=True)
+    if cluster.storage_secret:
+        keys = {name: name for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+        kubernetes.use_secret_as_env(task, cluster.storage_secret, keys)
+    if cluster.hub_secret:
+        kubernetes.use_secret_as_env(task, cluster.hub_secret, {"HF_TOKEN": "HF_TOKEN"})
+    if cluster.config_map:
+        keys = {name: name for name in ("AWS_REGION", "MLFLOW_TRACKING_URI")}
+        kubernetes.use_config_map_as_env(task, cluster.config_map, keys, optional=True)

@@ -100,6 +100,8 @@ class RewardSettings(Settings):
     """Hangs and crashes after which the stage gives up: so many are the function's fault, not the completions'."""
     allow_network: bool = False
     """Let reward functions reach the network, for a judge inside the cluster; credentials stay out of reach."""
+    read_paths: tuple[str, ...] = ()
+    """Files and folders that reward functions may read, beside Python and its packages."""
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:

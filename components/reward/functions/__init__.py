@@ -1,1 +1,1 @@
-"""Built-in reward functions. Each names the parameters it wants: `prompts`, `completions`, `completion_ids`, columns."""
+"""Built-in reward functions. Each names what it wants: `prompts`, `completions`, `completion_ids`, columns."""

@@ -28,10 +28,8 @@ def exact_match(
 def _extract(completion: str, pattern: re.Pattern[str] | None) -> str:
     if pattern is None:
         return completion
-    match = None
-    for match in pattern.finditer(completion):
-        pass
-    return "" if match is None else (match[1] or "" if pattern.groups else match[0])
+    found = list(pattern.finditer(completion))
+    return (found[-1][1 if pattern.groups else 0] or "") if found else ""
 
 
 def numeric_match(

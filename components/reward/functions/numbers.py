@@ -23,8 +23,8 @@ def find_number(text: str, convention: Convention = "auto") -> Fraction | None:
     r"""The number that `text` answers with, exactly; None when it states none.
 
     `hash`: the first number behind the last `####` (GSM8K); `boxed`: the last number in the last `\boxed{...}`;
-    `last`: the last number at all; `auto`: the first of these three whose mark the text has. Thousands commas, currency signs,
-    units, percent signs and a trailing period do not matter; `3/4` is a fraction.
+    `last`: the last number at all; `auto`: the first of these three whose mark the text has. Thousands commas,
+    currency signs, units, percent signs and a trailing period do not matter; `3/4` is a fraction.
     """
     if convention == "auto":
         convention = "hash" if HASHES in text else "boxed" if r"\boxed" in text else "last"
@@ -57,10 +57,8 @@ def _first(text: str) -> Fraction | None:
 
 
 def _last(text: str) -> Fraction | None:
-    match = None
-    for match in NUMBER.finditer(_plain(text)):
-        pass
-    return _value(match) if match else None
+    matches = list(NUMBER.finditer(_plain(text)))
+    return _value(matches[-1]) if matches else None
 
 
 def _plain(text: str) -> str:

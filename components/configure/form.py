@@ -43,7 +43,7 @@ class FormField:
             values = values[part]
         if values is None:
             return ""
-        return str(values) if self.optional else _without_none(values)
+        return str(values) if self.kind is str else _without_none(values)
 
 
 def form_fields(model: type[BaseModel]) -> Iterator[FormField]:

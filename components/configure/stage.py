@@ -51,10 +51,18 @@ def run(
         outputs={"policy": policy, "optimizer": optimizer, "reference": reference, "history": history},
     )  # fmt: skip
     run_stage(stage, lambda stage: _publish(stage, begin))
+    resolved = _filled_in(resolved)
     files = (dataset_settings, rollout_settings, reward_settings, update_settings, evaluate_settings, publish_settings)
     for section, path in zip(STAGE_SECTIONS, files, strict=True):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(dump_stage(context, getattr(resolved, section)))
+
+
+def _filled_in(settings: RunSettings) -> RunSettings:
+    """What one stage needs to know of another's settings."""
+    room = settings.dataset.max_completion_length or settings.rollout.max_completion_length
+    dataset = settings.dataset.model_copy(update={"max_completion_length": room})
+    return settings.model_copy(update={"dataset": dataset})
 
 
 def _find_start(settings: RunSettings, store: Any, name: str) -> start.Start | None:

@@ -1,0 +1,105 @@
+"""The configure stage: where a run starts, and what it refuses before anything is published."""
+
+import json
+import shutil
+
+import pytest
+
+from components.common.errors import ArtifactNotFound, DataError, SettingsError
+from components.common.manifest import Manifest
+from components.common.settings import load_stage
+from components.configure.config import STAGE_SECTIONS
+from components.configure.stage import run
+from components.rollout.config import RolloutSettings
+
+OUTPUTS = ("policy", "optimizer", "reference", "history")
+
+
+@pytest.fixture
+def configure(tmp_path, tiny_model):
+    def call(parameters=None, *, name="run-1", **changes):
+        settings = {
+            "fine_tune": "f", "model": str(tiny_model), "store": (tmp_path / "store").as_uri(),
+            "dataset": {"source": "gsm8k", "max_prompt_length": 16},
+            "rollout": {"max_completion_length": 16},
+        } | changes  # fmt: skip
+        paths = {role: tmp_path / name / f"{role}.json" for role in OUTPUTS}
+        texts = {f"{section}_settings": tmp_path / name / section for section in STAGE_SECTIONS}
+        run(settings=json.dumps(settings), parameters=json.dumps(parameters or {}), run=name, job_id="x", **paths, **texts)
+        return paths, texts
+
+    return call
+
+
+def test_a_fresh_start_publishes_the_base_model(configure, tiny_model):
+    paths, texts = configure({"rollout.temperature": 0.7})
+    policy = Manifest.load(paths["policy"])
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= policy.names
+    assert policy.iteration == 0 and policy.metadata["vocab_size"] == 47
+    assert Manifest.load(paths["reference"]).digest == policy.digest
+    assert Manifest.load(paths["optimizer"]).files == Manifest.load(paths["history"]).files == ()
+    context, rollout = load_stage(RolloutSettings, str(texts["rollout_settings"]))
+    assert (context.run, context.first_iteration, rollout.temperature) == ("run-1", 0, 0.7)
+
+
+def test_the_same_configuration_again_changes_nothing(configure):
+    paths, _ = configure()
+    first = {role: path.read_bytes() for role, path in paths.items()}
+    again, _ = configure()
+    assert {role: path.read_bytes() for role, path in again.items()} == first
+
+
+def test_all_problems_come_at_once_and_nothing_is_published(configure, tmp_path):
+    with pytest.raises(SettingsError) as error:
+        configure({"update.learning_rate": -1, "rollout.group_size": 1, "fine_tune": "No Spaces"})
+    text = str(error.value)
+    assert "learning_rate" in text and "group_size" in text and "fine_tune" in text
+    assert not (tmp_path / "store").exists()
+
+
+def test_prompt_and_completion_must_fit_the_context(configure):
+    with pytest.raises(SettingsError, match="exceed the model's context of 64 tokens; lower one of them by 36"):
+        configure({"rollout.max_completion_length": 84})
+
+
+def test_more_shards_than_prompts(configure):
+    with pytest.raises(SettingsError, match=r"lower shards to 3 or raise rollout\.num_prompts"):
+        configure({"rollout.num_prompts": 3}, shards=4)
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [("config.json", "no config.json"), ("model.safetensors", "no weights"), ("tokenizer.json", "no tokenizer")],
+)
+def test_a_model_folder_that_lacks_something(configure, tiny_model, tmp_path, missing, message):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / missing).unlink()
+    with pytest.raises(DataError, match=message):
+        configure(model=str(folder))
+
+
+def test_a_model_folder_that_is_not_there(configure, tmp_path):
+    with pytest.raises(DataError, match="no folder"):
+        configure(model=str(tmp_path / "nowhere"))
+
+
+def test_going_on_where_nothing_was(configure):
+    with pytest.raises(ArtifactNotFound, match="no checkpoint"):
+        configure(start_from="latest")
+    with pytest.raises(ArtifactNotFound, match="no champion"):
+        configure(start_from="champion")
+
+
+def test_going_on_from_the_latest_checkpoint(configure, tmp_path):
+    paths, _ = configure(name="run-1")
+    first = Manifest.load(paths["policy"])
+    later = first.model_copy(update={"iteration": 5})
+    folder = tmp_path / "store" / "manifests" / "f" / "run-1" / "0005"
+    folder.mkdir()
+    (folder / "policy.json").write_bytes(later.dump())
+    paths, texts = configure(name="run-2", start_from="latest")
+    policy = Manifest.load(paths["policy"])
+    assert policy.iteration == 5 and policy.run == "run-2" and policy.digest == first.digest
+    context, _ = load_stage(RolloutSettings, str(texts["rollout_settings"]))
+    assert context.first_iteration == 5

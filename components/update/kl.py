@@ -7,9 +7,11 @@ Divergence", http://joschu.net/blog/kl-approx.html). With d = log policy - log r
 
 Two places, two meanings (arXiv:2506.09477, arXiv:2510.01555):
 
-* in the loss, `combine(..., kl_N=kl_estimate(kind, logprobs_N, reference_N), beta=...)`: differentiated. k1 there has
-  a gradient of mean zero on-policy, so it does nothing but add noise and settings refuse it; k3 is what DeepSeekMath
-  and TRL do; k2 is the exact reverse-KL gradient.
+* in the loss, `combine(..., kl_N=kl_estimate(kind, logprobs_N, reference_N), beta=...)`: differentiated. The gradient
+  of an unbiased value need not be unbiased: plain k1 has a gradient of mean zero on-policy and does nothing but add
+  noise; plain k3 (DeepSeekMath) has that of the forward KL(reference || policy); plain k2 has the reverse KL's.
+  With `old_logprobs_N` the estimate is multiplied by the differentiable ratio policy / old (DeepSeek-V3.2,
+  arXiv:2512.02556; TRL's `use_bias_correction_kl`): then k1 and k3 have the reverse KL's gradient, off-policy too.
 * in the reward, `penalised_rewards(...)`: detached, before the advantages. k1 there is the classic RLHF penalty.
 """
 
@@ -23,16 +25,25 @@ from components.update.losses import MAX_LOG_RATIO
 KlKind = Literal["k1", "k2", "k3"]
 
 
-def kl_estimate(kind: KlKind, logprobs_N: Tensor, reference_logprobs_N: Tensor) -> Tensor:
-    """One estimate a token, (N,), differentiable in `logprobs_N`. Log-ratios beyond ±20 are held there."""
+def kl_estimate(
+    kind: KlKind, logprobs_N: Tensor, reference_logprobs_N: Tensor, old_logprobs_N: Tensor | None = None
+) -> Tensor:
+    """One estimate a token, (N,), differentiable in `logprobs_N`. Log-ratios beyond ±20 are held there.
+
+    `old_logprobs_N`: multiply by exp(logprobs - old), differentiated; on-policy give `logprobs_N.detach()`. None: not.
+    """
     difference_N = (logprobs_N - reference_logprobs_N).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     if kind == "k1":
-        return difference_N
-    if kind == "k2":
-        return 0.5 * difference_N.square()
-    if kind == "k3":
-        return torch.expm1(-difference_N) + difference_N
-    raise ValueError(f"kl_estimator must be one of {', '.join(get_args(KlKind))}, got {kind!r}")
+        estimate_N = difference_N
+    elif kind == "k2":
+        estimate_N = 0.5 * difference_N.square()
+    elif kind == "k3":
+        estimate_N = torch.expm1(-difference_N) + difference_N
+    else:
+        raise ValueError(f"kl_estimator must be one of {', '.join(get_args(KlKind))}, got {kind!r}")
+    if old_logprobs_N is None:
+        return estimate_N
+    return estimate_N * (logprobs_N - old_logprobs_N).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def penalised_rewards(rewards_S: Tensor, kl_N: Tensor, sequence_N: Tensor, beta: float) -> Tensor:

@@ -41,23 +41,35 @@ def test_value_is_unbiased(kind):
     assert (POLICY * kl_estimate(kind, POLICY.log(), REFERENCE.log())).sum().item() == pytest.approx(exact, abs=1e-14)
 
 
-def expected_gradient(kind):
-    """Gradient, by the logits, of the estimator as a loss, averaged over samples of the (detached) policy."""
+def expected_gradient(kind, sampled_from=POLICY, ratio=False):
+    """Gradient, by the logits, of the estimator as a loss, averaged over samples of a (constant) distribution."""
     logits = POLICY.log().clone().requires_grad_()
     logprobs = torch.log_softmax(logits, 0)
-    (POLICY * kl_estimate(kind, logprobs, REFERENCE.log())).sum().backward()
-    return logits.grad
+    old = sampled_from.log() if ratio else None
+    (sampled_from * kl_estimate(kind, logprobs, REFERENCE.log(), old)).sum().backward()
+    return logits.grad.tolist()
 
 
 def test_gradients_as_losses():
-    """On-policy, k2 gives the reverse KL's gradient, k1 none at all: why k1 is refused in the loss."""
+    """On-policy, k2 gives the reverse KL's gradient, k1 none at all: why plain k1 is refused in the loss."""
+    assert expected_gradient("k2") == pytest.approx(reverse_kl_gradient(), abs=1e-14)
+    assert expected_gradient("k1") == pytest.approx([0.0] * 4, abs=1e-14)
+    # k3 gives the gradient of KL(reference || policy): p - q
+    assert expected_gradient("k3") == pytest.approx((POLICY - REFERENCE).tolist(), abs=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+@pytest.mark.parametrize("sampled_from", [POLICY, torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)])
+def test_ratio_makes_the_gradient_unbiased(kind, sampled_from):
+    """Times policy / old, k1 and k3 have the reverse KL's gradient, on-policy and off."""
+    assert expected_gradient(kind, sampled_from, ratio=True) == pytest.approx(reverse_kl_gradient(), abs=1e-14)
+
+
+def reverse_kl_gradient():
     logits = POLICY.log().clone().requires_grad_()
     probs = torch.softmax(logits, 0)
     (probs * (probs.log() - REFERENCE.log())).sum().backward()
-    assert expected_gradient("k2").tolist() == pytest.approx(logits.grad.tolist(), abs=1e-14)
-    assert expected_gradient("k1").tolist() == pytest.approx([0.0] * 4, abs=1e-14)
-    # k3 gives the gradient of KL(reference || policy): p - q
-    assert expected_gradient("k3").tolist() == pytest.approx((POLICY - REFERENCE).tolist(), abs=1e-14)
+    return logits.grad.tolist()
 
 
 def test_penalised_rewards():

@@ -51,6 +51,7 @@ class Stage(Generic[S]):
         self.events = Events(self.task, stage=self.name, iteration=self.iteration, shard=self.shard)
         self._manifests = {role: self._load(paths) for role, paths in self.inputs.items()}
         self._published: dict[str, Manifest] = {}
+        self.started = time.monotonic()
 
     @staticmethod
     def _load(paths: Path | Sequence[Path]) -> list[Manifest]:
@@ -111,12 +112,16 @@ class Stage(Generic[S]):
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> Manifest:
-        """Publishes an output; its manifest file appears when the whole stage is done."""
+        """Publishes an output; its manifest file appears when the whole stage is done.
+
+        `metadata["seconds"]` says how long the stage has worked until then.
+        """
         assert role in self.outputs, f"{self.name} has no output {role}"
+        seconds = {"seconds": round(time.monotonic() - self.started, 3)}
         self._published[role] = artifacts.publish(
             self.store, self.context, name=self._name(role), kind=kind, files=files or {}, reuse=reuse,
             producer=self.producer, parents=self._parents(), iteration=self._iteration(),
-            metrics=metrics, metadata=metadata,
+            metrics=metrics, metadata={**(metadata or {}), **seconds},
         )  # fmt: skip
         return self._published[role]
 

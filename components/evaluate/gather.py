@@ -1,0 +1,54 @@
+"""What the stages before told of an iteration, gathered from their manifests."""
+
+import logging
+from collections.abc import Sequence
+
+from components.common.manifest import Manifest, manifest_key
+from components.common.store import Store
+from components.evaluate.history import finite
+
+log = logging.getLogger("grpo")
+
+SECONDS = "seconds"
+"""Entry of a manifest's metadata: how long its stage took."""
+
+
+def rollouts_of(store: Store, scored: Manifest) -> list[Manifest]:
+    """The rollout manifests a scored artifact was made of: those of its iteration whose digests are its parents."""
+    folder = manifest_key(scored.fine_tune, scored.run, scored.iteration, "any").rpartition("/")[0] + "/"
+    parents = set(scored.parents.values())
+    found = [Manifest.parse(store.get_bytes(stat.key), where=stat.key) for stat in store.list(folder)]
+    return [manifest for manifest in found if manifest.kind == "rollout" and manifest.digest in parents]
+
+
+def metrics_of(rollouts: Sequence[Manifest], scored: Manifest, policy: Manifest) -> dict[str, float]:
+    """Metrics of all stages behind an evaluation, under their own names; the reward stage sees all shards and wins."""
+    sampled = merge([finite(manifest.metrics) for manifest in rollouts])
+    return finite(policy.metrics) | sampled | finite(scored.metrics)
+
+
+def seconds_of(rollouts: Sequence[Manifest], scored: Manifest, policy: Manifest) -> dict[str, float]:
+    """Stage → seconds; of shards the slowest, since they run side by side."""
+    found: dict[str, float] = {}
+    for manifest in [*rollouts, scored, policy]:
+        seconds = manifest.metadata.get(SECONDS)
+        if isinstance(seconds, int | float) and manifest.producer.stage in ("rollout", "reward", "update"):
+            found[manifest.producer.stage] = max(found.get(manifest.producer.stage, 0.0), float(seconds))
+    return found
+
+
+def merge(shards: Sequence[dict[str, float]]) -> dict[str, float]:
+    """One set of metrics for several shards of like size: counts add up, extremes stay extremes, the rest is averaged."""
+    merged: dict[str, float] = {}
+    for name in {name for shard in shards for name in shard}:
+        values = [shard[name] for shard in shards if name in shard]
+        last = name.rpartition("/")[2]
+        if last.startswith("num_"):
+            merged[name] = sum(values)
+        elif last == "max" or last.startswith("max_"):
+            merged[name] = max(values)
+        elif last == "min" or last.startswith("min_"):
+            merged[name] = min(values)
+        else:
+            merged[name] = sum(values) / len(values)
+    return merged

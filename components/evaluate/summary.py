@@ -1,0 +1,37 @@
+"""The summary: a few lines of Markdown for the KFP UI, the console and pull requests."""
+
+from collections.abc import Sequence
+
+from components.evaluate.charts import number
+from components.evaluate.headline import headline
+from components.evaluate.history import Record
+
+_COLUMNS = (
+    ("pass@1", "eval/pass@1", "percent"),
+    ("Reward", "reward", "number"),
+    ("No signal", "frac_reward_zero_std", "percent"),
+    ("Tokens", "completions/mean_length", "tokens"),
+    ("KL", "kl", "number"),
+    ("Entropy", "entropy", "number"),
+    ("Clipped", "clip_ratio/region_mean", "percent"),
+)
+_LAST = 20
+"""Rows of the table, the latest ones."""
+
+
+def markdown(fine_tune: str, records: Sequence[Record]) -> str:
+    """Headline and a table of the latest iterations; a column that nothing fills is left out."""
+    result = headline(records)
+    lines = [f"# {fine_tune}", ""]
+    if result is None:
+        lines += ["No held-out prompts were sampled yet.", ""]
+    else:
+        before = "" if result.is_baseline else f"{number(result.before.value, 'percent')} → "
+        after = f"**{number(result.after.value, 'percent')}**"
+        lines += [f"pass@1 on {result.num_prompts:,} held-out prompts: {before}{after}", "", result.sentence, ""]
+    columns = [column for column in _COLUMNS if any(column[1] in record.metrics for record in records)]
+    lines += ["| Update | " + " | ".join(title for title, _, _ in columns) + " |", "|---:|" + "---:|" * len(columns)]
+    for record in records[-_LAST:]:
+        cells = [number(record.metrics[name], form) if name in record.metrics else "" for _, name, form in columns]
+        lines.append(f"| {record.iteration} | " + " | ".join(cells) + " |")
+    return "\n".join(lines).replace("\u202f", " ") + "\n"

@@ -128,7 +128,8 @@ def _download() -> list[Path]:
         "Dir::State": apt / "state", "Dir::State::lists": apt / "lists", "Dir::State::status": apt / "status",
         "Dir::Cache": apt, "Dir::Cache::archives": CACHE / "archives",
         "Acquire::Check-Valid-Until": "false", "Acquire::Check-Date": "false", "Acquire::Languages": "none",
-        "Acquire::Retries": "3", "APT::Install-Recommends": "false", "APT::Sandbox::User": "", "Debug::NoLocking": "true",
+        "Acquire::Retries": "3", "APT::Install-Recommends": "false", "APT::Sandbox::User": "",
+        "Debug::NoLocking": "true",
     }  # fmt: skip
     (apt / "apt.conf").write_text("".join(f'{name} "{value}";\n' for name, value in settings.items()))
     for arguments in (["update"], ["install", "-y", "--download-only", *PACKAGES]):
@@ -186,7 +187,9 @@ class Cluster:
             SetupError: a program of the cluster ended, or the gateway does not answer in time.
         """
         self._make_keys()
-        self._run("monmaptool", "--create", "--addv", "a", f"[{self.mon_address}]", "--fsid", self.fsid, self.data / "monmap")
+        self._run(
+            "monmaptool", "--create", "--addv", "a", f"[{self.mon_address}]", "--fsid", self.fsid, self.data / "monmap"
+        )
         self._run("ceph-mon", "--mkfs", "-i", "a", "--monmap", self.data / "monmap", "--keyring", self.data / "keyring")
         self._spawn("ceph-mon", "-i", "a")
         self._ceph("osd", "new", self.osd_uuid, "0")
@@ -236,7 +239,8 @@ class Cluster:
         usr = self.root / "usr"
         return {
             "PATH": os.environ["PATH"], "HOME": str(self.data), "CEPH_CONF": str(self.configuration),
-            "PYTHONHOME": str(usr), "PYTHONPATH": str(usr / "lib/python3/dist-packages"), "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONHOME": str(usr), "PYTHONPATH": str(usr / "lib/python3/dist-packages"),
+            "PYTHONDONTWRITEBYTECODE": "1",
         }  # fmt: skip
 
     def _run(self, program: str, *arguments: str | Path) -> None:

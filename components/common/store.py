@@ -1,16 +1,21 @@
 """Object stores: where the bytes of artifacts live. One small Protocol; a folder is the embedded default."""
 
+import errno
 import os
+import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
-from components.common.errors import ArtifactNotFound, SettingsError, StoreError
+from components.common.errors import ArtifactNotFound, DigestMismatch, SettingsError, StoreError
+from components.common.integrity import BLOB
 
 
 @dataclass(frozen=True)
@@ -49,16 +54,44 @@ class Store(Protocol):
         """Removes the object; one that is not there is no error."""
 
 
+UNSAFE = re.compile(r"[\\\x00-\x1f\x7f]")
+TEMPORARY = ".tmp-"
+"""Start of the names of files that are still being written."""
+
+
 def checked_key(key: str) -> str:
-    """Refuses keys that could leave the store's root.
+    """Refuses keys that could leave the store's root, or that a folder or a bucket cannot hold.
 
     Raises:
-        StoreError: empty, absolute, or with `.`/`..`/empty parts, backslashes or NUL.
+        StoreError: empty, absolute, with `.`, `..` or empty parts, backslashes or control characters, over 1,024 bytes,
+            or the name of a temporary file.
     """
     parts = key.split("/")
-    if not key or any(part in ("", ".", "..") for part in parts) or "\\" in key or "\0" in key:
+    bad = any(part in ("", ".", "..") or part.startswith(TEMPORARY) for part in parts)
+    if bad or UNSAFE.search(key) or len(key.encode(errors="replace")) > 1024:
         raise StoreError(f"not an object key: {key!r}")
     return key
+
+
+def checked_prefix(prefix: str) -> str:
+    """The same for the start of keys, which may be empty or end with a slash."""
+    checked_key(prefix.rstrip("/") or "all")
+    return prefix
+
+
+@contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """An error of the local disk becomes one that says how to mend it."""
+    try:
+        yield
+    except OSError as error:
+        mends = {
+            errno.ENOSPC: "; free space there or choose another place",
+            errno.EDQUOT: "; the quota there is used up",
+            errno.EACCES: "; give this user the right to",
+            errno.EROFS: "; it is mounted read-only",
+        }
+        raise StoreError(f"cannot {what}: {error.strerror or error}{mends.get(error.errno or 0, '')}") from error
 
 
 def open_store(url: str) -> Store:
@@ -84,88 +117,97 @@ class FileStore:
         self.root = root.resolve()
         self.url = self.root.as_uri()
 
-    def _path(self, key: str) -> Path:
+    def path(self, key: str) -> Path:
+        """File of an object, whether it is there or not."""
         return self.root / checked_key(key)
 
     def put_file(self, path: Path, key: str) -> None:
-        with self._incoming(key) as (temporary, target):
+        with self._incoming(key) as temporary:
             shutil.copyfile(path, temporary)
             _flush(temporary)
-            os.replace(temporary, target)
+            os.replace(temporary, self.path(key))
 
     def get_file(self, key: str, path: Path) -> None:
-        try:
-            shutil.copyfile(self._path(key), path)
-        except FileNotFoundError:
-            raise ArtifactNotFound(f"{self.url}: no object {key}") from None
-        except OSError as error:
-            raise StoreError(f"{self.url}: cannot copy {key} to {path}: {error.strerror}") from error
+        """Copies an object and checks it when its name says what it holds.
+
+        Raises:
+            ArtifactNotFound, DigestMismatch, StoreError
+        """
+        from components.common.manifest import file_digest
+
+        with disk_errors(f"copy {self.url}/{key} to {path}"):
+            try:
+                shutil.copyfile(self.path(key), path)
+            except (FileNotFoundError, NotADirectoryError):
+                if self.stat(key):
+                    raise
+                raise ArtifactNotFound(f"{self.url}: no object {key}") from None
+            named = BLOB.search(key)
+            got = file_digest(path).removeprefix("blake3:") if named else ""
+        if named and got != named.group(1):
+            path.unlink()
+            raise DigestMismatch(f"{self.url}: {key} was changed or cut: it holds {got}; delete it and make it again")
 
     def put_bytes(self, data: bytes, key: str, *, if_absent: bool = False) -> bool:
-        with self._incoming(key) as (temporary, target):
+        with self._incoming(key) as temporary:
             temporary.write_bytes(data)
             _flush(temporary)
             if not if_absent:
-                os.replace(temporary, target)
+                os.replace(temporary, self.path(key))
                 return True
             try:
-                os.link(temporary, target)  # fails when the name is taken: one winner among racing writers
+                os.link(temporary, self.path(key))  # fails when the name is taken: one winner among racing writers
             except FileExistsError:
                 return False
             return True
 
     def get_bytes(self, key: str) -> bytes:
-        try:
-            return self._path(key).read_bytes()
-        except FileNotFoundError:
-            raise ArtifactNotFound(f"{self.url}: no object {key}") from None
-        except OSError as error:
-            raise StoreError(f"{self.url}: cannot read {key}: {error.strerror}") from error
+        with disk_errors(f"read {self.url}/{key}"):
+            try:
+                return self.path(key).read_bytes()
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                raise ArtifactNotFound(f"{self.url}: no object {key}") from None
 
     def stat(self, key: str) -> Stat | None:
-        try:
-            found = self._path(key).stat()
-        except (FileNotFoundError, NotADirectoryError):
+        with disk_errors(f"look up {self.url}/{key}"):
+            try:
+                found = self.path(key).stat()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        if not stat.S_ISREG(found.st_mode):
             return None
         return Stat(key, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC))
 
     def list(self, prefix: str) -> Iterator[Stat]:
-        folder = self.root / prefix.rpartition("/")[0]
-        paths = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".tmp-"))
-        for path in sorted(paths):
-            key = path.relative_to(self.root).as_posix()
+        folder = self.root / checked_prefix(prefix).rpartition("/")[0]
+        paths = (path for path in folder.rglob("*") if not path.name.startswith(TEMPORARY))
+        for key in sorted(path.relative_to(self.root).as_posix() for path in paths):
             if key.startswith(prefix) and (found := self.stat(key)):
                 yield found
 
     def delete(self, key: str) -> None:
-        self._path(key).unlink(missing_ok=True)
+        with disk_errors(f"delete {self.url}/{key}"):
+            self.path(key).unlink(missing_ok=True)
 
-    def _incoming(self, key: str) -> "_Incoming":
-        return _Incoming(self._path(key))
+    def abandoned(self, before: datetime) -> Iterator[Path]:
+        """Temporary files of writers that died before `before`."""
+        for path in self.root.rglob(TEMPORARY + "*"):
+            if path.stat().st_mtime < before.timestamp():
+                yield path
 
-
-class _Incoming:
-    """A temporary file beside its target; gone afterwards whatever happens."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __enter__(self) -> tuple[Path, Path]:
-        try:
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=".tmp-", dir=self.target.parent)
-        except OSError as error:
-            raise StoreError(f"cannot write to {self.target.parent}: {error.strerror}") from error
-        os.close(handle)
-        self.temporary = Path(name)
-        return self.temporary, self.target
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self.temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            reason = f"cannot write {self.target}: {error.strerror}"
-            mend = "; free space there or choose another store" if error.errno == 28 else ""
-            raise StoreError(reason + mend) from error
+    @contextmanager
+    def _incoming(self, key: str) -> Iterator[Path]:
+        """A temporary file beside its target; gone afterwards whatever happens."""
+        target = self.path(key)
+        with disk_errors(f"write {target}"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=target.parent)
+            os.fchmod(handle, 0o644)
+            os.close(handle)
+            try:
+                yield Path(name)
+            finally:
+                Path(name).unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

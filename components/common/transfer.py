@@ -1,0 +1,211 @@
+"""Large objects to and from S3: parts and ranges in parallel, each retried by itself."""
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from hashlib import md5
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.common.errors import StoreError
+from components.common.integrity import BLOB, DIGEST_HEADER, Damaged, check_stored, checksum, crc32c, wanted_digest
+from components.common.s3_client import MIB, code_of, status_of
+
+if TYPE_CHECKING:
+    from components.common.s3_store import S3Store
+
+MAX_PARTS = 10_000
+CHUNK = 1 * MIB
+"""Bytes taken from a socket at a time."""
+
+
+def part_bytes(size: int, wanted: int) -> int:
+    """Size of a part: as wanted, larger when 10,000 such parts (S3's limit) do not suffice; whole MiB."""
+    return max(wanted, math.ceil(size / MAX_PARTS / MIB) * MIB)
+
+
+class Upload:
+    """Sends a file; a resumed upload sends only the parts the server lacks."""
+
+    def __init__(self, store: "S3Store") -> None:
+        self.store = store
+
+    def __call__(self, path: Path, key: str) -> None:
+        from components.common.manifest import file_digest
+
+        size = path.stat().st_size
+        part = part_bytes(size, self.store.location.options.part_mib * MIB)
+        named = BLOB.search(key)
+        digest = named.group(1) if named else file_digest(path).removeprefix("blake3:")
+        metadata = {"Metadata": {DIGEST_HEADER: digest}}
+        if size <= part:
+            self._whole(path.read_bytes(), key, metadata)
+        else:
+            self._parts(path, key, size, part, metadata, resume=bool(named))
+
+    def _whole(self, data: bytes, key: str, metadata: dict[str, Any]) -> None:
+        arguments = self.store.name(key) | metadata | checksum(data)
+        put = self.store.client.put_object
+        self.store.request(f"writing {key}", lambda _: check_stored(put(Body=data, **arguments), data))
+
+    def _parts(self, path: Path, key: str, size: int, part: int, metadata: dict[str, Any], *, resume: bool) -> None:
+        """Only a blob's upload is resumed: its name promises that the parts are of the same content."""
+        from botocore.exceptions import ClientError
+
+        name = self.store.name(key)
+        begun = next(self.store.unfinished(key), None) if resume else None
+        name["UploadId"] = begun["UploadId"] if begun else self._begin(name, key, metadata)
+        numbers = range(1, math.ceil(size / part) + 1)
+        try:
+            there = self._stored_parts(name, key) if begun else {}
+            with path.open("rb") as file:
+                sent = self._send(file.fileno(), name, key, numbers, part, there)
+            self._complete(name, key, size, sent)
+        except ClientError as error:
+            if code_of(error) != "NoSuchUpload":
+                raise StoreError(f"{self.store.url}: writing {key}: {error}") from error
+            found = self.store.stat(key)  # another writer of the same blob ended this upload
+            if found is None or found.size != size:
+                self._parts(path, key, size, part, metadata, resume=False)
+
+    def _begin(self, name: dict[str, Any], key: str, metadata: dict[str, Any]) -> str:
+        begin = self.store.client.create_multipart_upload
+        answer = self.store.request(f"writing {key}", lambda _: begin(**name, **metadata, ChecksumAlgorithm="CRC32C"))
+        return str(answer["UploadId"])
+
+    def _stored_parts(self, name: dict[str, Any], key: str) -> dict[int, dict[str, Any]]:
+        """Parts the server holds already, by number."""
+        found: dict[int, dict[str, Any]] = {}
+        marker = 0
+        while True:
+            page = self.store.request(
+                f"resuming {key}", lambda _, at=marker: self.store.client.list_parts(**name, PartNumberMarker=at)
+            )
+            found |= {part["PartNumber"]: part for part in page.get("Parts", [])}
+            if not page.get("IsTruncated"):
+                return found
+            marker = int(page["NextPartNumberMarker"])
+
+    def _send(
+        self,
+        file: int,
+        name: dict[str, Any],
+        key: str,
+        numbers: Iterable[int],
+        part: int,
+        there: dict[int, dict[str, Any]],
+    ) -> list[dict[str, Any]]:
+        def send(number: int) -> dict[str, Any]:
+            data = os.pread(file, part, (number - 1) * part)
+            stored = there.get(number)
+            if stored is None or not _same(stored, data):
+                upload = self.store.client.upload_part
+
+                def put(attempt: int) -> Any:
+                    answer = upload(**name, PartNumber=number, Body=data, **checksum(data))
+                    check_stored(answer, data)
+                    return answer
+
+                stored = self.store.request(f"writing part {number} of {key}", put)
+            sums = {"ChecksumCRC32C": stored["ChecksumCRC32C"]} if "ChecksumCRC32C" in stored else {}
+            return {"PartNumber": number, "ETag": stored["ETag"], **sums}
+
+        return settle([self.store.pool.submit(send, number) for number in numbers])
+
+    def _complete(self, name: dict[str, Any], key: str, size: int, parts: list[dict[str, Any]]) -> None:
+        complete = self.store.client.complete_multipart_upload
+        self.store.request(f"ending the upload of {key}", lambda _: complete(**name, MultipartUpload={"Parts": parts}))
+        found = self.store.stat(key)
+        if found is None or found.size != size:
+            got = f"{found.size} bytes" if found else "nothing"
+            raise StoreError(f"{self.store.url}: {key}: sent {size} bytes, the server shows {got}; run it again")
+
+
+def _same(stored: dict[str, Any], data: bytes) -> bool:
+    """Whether a part on the server is this data."""
+    if stored["Size"] != len(data):
+        return False
+    if "ChecksumCRC32C" in stored:
+        return bool(stored["ChecksumCRC32C"] == crc32c(data))
+    return bool(stored["ETag"].strip('"') == md5(data, usedforsecurity=False).hexdigest())
+
+
+class Download:
+    """Brings an object straight into place: the file gets its full length first, then ranges fill it in parallel."""
+
+    def __init__(self, store: "S3Store") -> None:
+        self.store = store
+
+    def __call__(self, key: str, path: Path) -> str | None:
+        """Writes the object to `path`; gives the BLAKE3 it should have, in hexadecimal, if that is known."""
+        part = self.store.location.options.part_mib * MIB
+        rest: list[Future[Any]] = []
+        with path.open("wb") as file:
+
+            def begin(answer: Any) -> None:
+                """The first answer tells the size: the other ranges start while its own body still comes."""
+                if rest or (size := _total(answer)) <= part:
+                    return
+                os.posix_fallocate(file.fileno(), 0, size)
+                for at in range(part, size, part):
+                    end = min(at + part, size)
+                    rest.append(self.store.pool.submit(self._range, key, file.fileno(), at, end, answer["ETag"]))
+
+            try:
+                answer = self.store.found(key, lambda: self._range(key, file.fileno(), 0, part, None, begin))
+            except BaseException:
+                for task in rest:
+                    task.cancel()
+                wait(rest)  # the file stays open until no thread writes to it
+                raise
+            self.store.found(key, lambda: settle(rest))
+        return wanted_digest(key, answer)
+
+    def _range(
+        self, key: str, file: int, start: int, end: int, etag: str | None, begin: Callable[[Any], None] | None = None
+    ) -> Any:
+        """Bytes [start, end) of the object; an attempt goes on where the one before was cut."""
+        position = start
+        same = {"IfMatch": etag} if etag else {}
+
+        def get(attempt: int) -> Any:
+            nonlocal position
+            answer = self._get(key, position, end, same)
+            if begin:
+                begin(answer)
+            expected = position + answer["ContentLength"]
+            for chunk in answer["Body"].iter_chunks(CHUNK):
+                position += os.pwrite(file, chunk, position)
+            if position < expected:
+                raise Damaged(f"{position - start} of {expected - start} bytes arrived")
+            return answer
+
+        return self.store.request(f"reading {key}", get)
+
+    def _get(self, key: str, start: int, end: int, same: dict[str, str]) -> Any:
+        from botocore.exceptions import ClientError
+
+        name = self.store.name(key)
+        try:
+            return self.store.client.get_object(**name, Range=f"bytes={start}-{end - 1}", **same)
+        except ClientError as error:
+            if status_of(error) != 416:
+                raise
+        return self.store.client.get_object(**name)  # an empty object has no first byte
+
+
+def _total(answer: Any) -> int:
+    """Size of the whole object, in bytes."""
+    return int(answer["ContentRange"].rpartition("/")[2]) if "ContentRange" in answer else int(answer["ContentLength"])
+
+
+def settle(tasks: list[Future[Any]]) -> list[Any]:
+    """Results of tasks; the first failure cancels those that have not begun and waits for those that have."""
+    done, waiting = wait(tasks, return_when=FIRST_EXCEPTION)
+    for task in waiting:
+        task.cancel()
+    wait(tasks)
+    for task in done:
+        task.result()
+    return [task.result() for task in tasks]

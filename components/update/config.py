@@ -1,0 +1,194 @@
+"""Settings of the update stage: the algorithm, the optimizer, the engine and the limits that stop a run."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from components.common.settings import Settings
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters (arXiv:2106.09685) instead of all weights."""
+
+    rank: int = Field(default=0, ge=0)
+    """Rank of the adapter matrices; 0 trains all weights."""
+    alpha: float = Field(default=32.0, gt=0)
+    """The adapter's product is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the adapter's inputs dropped in training; anything but 0 makes old and new log-probabilities differ."""
+    targets: list[str] = ["all-linear"]
+    """Names of the linear modules that get an adapter, such as `q_proj`; `all-linear`: every one but the head."""
+    publish: Literal["adapter", "merged"] = "adapter"
+    """`adapter`: policies within a run are the base model's files plus `adapter/`, a few MB new an iteration, and the
+    run's last policy is merged; `merged`: every policy has merged weights, for samplers that load no adapters."""
+
+
+class PpoSettings(Settings):
+    """The critic of `algorithm = "ppo"`; ignored by every other algorithm."""
+
+    value_learning_rate: float = Field(default=1e-5, gt=0)
+    """Learning rate of the critic."""
+    value_clip: float | None = Field(default=0.2, gt=0)
+    """How far a value may move from its old one before its loss is held, in reward units; none: not held."""
+    value_coefficient: float = Field(default=0.5, gt=0)
+    """Weight of the critic's loss beside the policy's."""
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    """Discount of a reward by each token that precedes it."""
+    gae_lambda: float = Field(default=1.0, ge=0, le=1)
+    """GAE's lambda (arXiv:1506.02438): 1 is the return minus the value, 0 the one-step difference."""
+    whiten_advantages: bool = True
+    """Bring the batch's advantages to mean 0 and deviation 1."""
+
+
+class HealthSettings(Settings):
+    """Limits of a healthy update; crossing one fails the iteration and keeps the last good policy."""
+
+    max_skipped_steps: int = Field(default=3, ge=0)
+    """Optimizer steps of an iteration that may be skipped for a loss or gradient that is not finite."""
+    max_kl: float | None = Field(default=None, gt=0)
+    """Highest mean KL to the reference, nats a token; needs `beta > 0`."""
+    max_logp_difference: float | None = Field(default=None, gt=0)
+    """Highest mean |log p(trainer) - log p(sampler)| of the batch before the update, nats a token."""
+    min_entropy: float | None = Field(default=None, ge=0)
+    """Lowest mean entropy of the policy, nats a token; below it sampling has collapsed."""
+    max_zero_std_share: float | None = Field(default=None, ge=0, le=1)
+    """Highest share of groups whose rewards are all equal."""
+
+
+class UpdateSettings(Settings):
+    """One iteration's policy update."""
+
+    algorithm: Literal["grpo", "ppo"] = "grpo"
+    """`grpo`: the group's other completions are the baseline; `ppo`: a critic of the policy's size is."""
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "dapo"
+    """How token losses are clipped and averaged; `docs/algorithm.md` has the formulas."""
+    epsilon_low: float | None = Field(default=None, ge=0)
+    """The probability ratio is clipped below 1 - epsilon_low; unset: the loss's own, 0.2 for most."""
+    epsilon_high: float | None = Field(default=None, ge=0)
+    """The probability ratio is clipped above 1 + epsilon_high; unset: the loss's own, 0.28 for `dapo`."""
+    dual_clip: float | None = Field(default=None, gt=1)
+    """For negative advantages, the ratio beyond which the loss stops growing (3.0 is usual); unset: not used."""
+    advantage_baseline: Literal["mean", "leave_one_out"] = "mean"
+    """What a reward is compared with: the mean of its group, or of the group's others."""
+    advantage_scale: Literal["group", "batch", "none"] = "group"
+    """Divide advantages by the standard deviation of the group, of the whole batch, or not at all."""
+    reward_combination: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """With several reward functions: normalise their weighted sum, or each by itself and then add (GDPO)."""
+    reward_weights: dict[str, float] = {}
+    """Weight of each reward function under `normalize_then_sum`; a function not named has weight 1."""
+    beta: float = Field(default=0.0, ge=0)
+    """KL coefficient to the reference model; 0: no reference model is fetched or loaded."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of the KL divergence; k1 belongs in the reward, k2 and k3 in the loss."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Where the KL penalty acts: differentiated in the loss, or subtracted from the reward."""
+    reference_every: int = Field(default=0, ge=0)
+    """The reference becomes the present policy every so many iterations; 0: it stays the fine-tune's start policy."""
+    correction: Literal["none", "token_truncate", "token_mask", "sequence_mask"] = "token_truncate"
+    """Importance weight for the sampler's log-probabilities differing from the trainer's."""
+    correction_cap: float = Field(default=2.0, gt=1)
+    """Highest importance weight: truncated there, or masked above it."""
+    correction_floor: float | None = Field(default=None, gt=0, lt=1)
+    """Lowest importance weight; unset: no lower bound."""
+    num_epochs: int = Field(default=1, ge=1)
+    """Passes over the batch."""
+    num_minibatches: int = Field(default=1, ge=1)
+    """Optimizer steps a pass; prompts are spread evenly over them, a group is never cut."""
+    mask_truncated: bool = False
+    """Leave completions that hit the length limit out of the loss."""
+    overlong_buffer: int = Field(default=0, ge=0)
+    """Tokens before the length limit over which a penalty grows from 0 to `overlong_penalty`; 0: no penalty."""
+    overlong_penalty: float = Field(default=1.0, gt=0)
+    """Reward lost by a completion at the length limit, when `overlong_buffer` is set."""
+    entropy_coefficient: float = 0.0
+    """Weight of the mean token entropy, added to the objective."""
+
+    learning_rate: float = Field(default=1e-6, gt=0)
+    """Highest learning rate of AdamW."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls after the warm-up."""
+    schedule_steps: int = Field(default=0, ge=0)
+    """Optimizer steps of the whole fine-tune over which a `linear` or `cosine` schedule falls to its end."""
+    final_learning_rate_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of `learning_rate` left at the end of the schedule."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """First optimizer steps of the fine-tune over which the learning rate rises linearly."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay of AdamW; matrices only."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of AdamW's first and second moments."""
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    """Added to the root of AdamW's second moment."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients with a larger norm are scaled down to it; 0: never."""
+    carry_optimizer: bool = True
+    """Take AdamW's moments (and float32 master weights) over from the last iteration; else they start anew."""
+    optimizer_every: int = Field(default=1, ge=1)
+    """Publish the optimizer state after every so many iterations. In between the older moments are carried and master
+    weights are taken from the policy: less storage traffic, updates below bfloat16's resolution are lost."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; `auto`: on GPUs where there are any."""
+    num_processes: Literal["auto"] | int = "auto"
+    """Processes a node; `auto`: one a GPU, one on CPU."""
+    num_threads: int = Field(default=0, ge=0)
+    """CPU threads a process; 0: the cores divided by the processes."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO, what processes divide: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too."""
+    offload_optimizer: bool = False
+    """Keep optimizer state in host memory and step there; ZeRO 1 to 3."""
+    offload_parameters: bool = False
+    """Keep weights in host memory between uses; ZeRO 3."""
+    dtype: Dtype = "auto"
+    """Type of weights and activations, beside float32 master weights; `auto`: bfloat16 on GPU, float32 on CPU."""
+    publish_dtype: Dtype = "auto"
+    """Type of the published weights; `auto`: as the start policy has them."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
+    layout: Literal["packed", "padded"] = "packed"
+    """`packed`: sequences one after another, no padding; `padded`: for models whose attention cannot be replaced."""
+    max_tokens_per_microbatch: int = Field(default=16_384, ge=1)
+    """Tokens of one forward and backward pass on one process; a longer sequence is a micro-batch of its own."""
+
+    lora: LoraSettings = LoraSettings()
+    """Low-rank adapters."""
+    ppo: PpoSettings = PpoSettings()
+    """The critic of PPO."""
+    health: HealthSettings = HealthSettings()
+    """Limits that stop a run."""
+
+    @model_validator(mode="after")
+    def _mend(self) -> "UpdateSettings":
+        for wrong, message in self._contradictions():
+            if wrong:
+                raise ValueError(message)
+        return self
+
+    def _contradictions(self) -> list[tuple[bool, str]]:
+        on_reward = self.kl_in == "reward"
+        return [
+            (self.beta > 0 and not on_reward and self.kl_estimator == "k1",
+             "k1 has a gradient of mean zero in the loss; set kl_estimator = \"k3\" or kl_in = \"reward\""),
+            (self.schedule != "constant" and self.schedule_steps <= self.warmup_steps,
+             f"schedule = \"{self.schedule}\" needs schedule_steps above warmup_steps = {self.warmup_steps}, "
+             f"got {self.schedule_steps}; count the optimizer steps of the whole fine-tune"),
+            (self.num_processes != "auto" and self.num_processes < 1,
+             f"num_processes must be \"auto\" or at least 1, got {self.num_processes}"),
+            (self.zero_stage == 0 and self.dtype == "bfloat16",
+             "zero_stage = 0 adds gradients up in bfloat16; set zero_stage = 1 (the same memory on one process)"),
+            (self.offload_optimizer and self.zero_stage == 0,
+             "offload_optimizer needs zero_stage 1, 2 or 3; set zero_stage = 1"),
+            (self.offload_parameters and self.zero_stage != 3, "offload_parameters needs zero_stage = 3"),
+            (self.health.max_kl is not None and self.beta == 0,
+             "health.max_kl needs the reference model; set beta above 0 (1e-6 hardly steers), or remove max_kl"),
+            (self.algorithm == "ppo" and self.lora.rank > 0,
+             "algorithm = \"ppo\" trains all weights; set lora.rank = 0"),
+            (self.algorithm == "ppo" and self.loss_type == "gspo",
+             "algorithm = \"ppo\" has an advantage a token, gspo a ratio a sequence; set loss_type = \"dapo\""),
+            (self.lora.rank > 0 and self.zero_stage == 3,
+             "LoRA leaves little to divide and runs with zero_stage 0 to 2; set zero_stage = 2"),
+            (self.correction_floor is not None and self.correction == "none",
+             "correction_floor has no effect with correction = \"none\"; remove one of the two"),
+        ]  # fmt: skip

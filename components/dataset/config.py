@@ -21,10 +21,10 @@ class DatasetSettings(Settings):
     """Configuration of a hub data set, as `main`."""
     revision: str | None = None
     """Commit or tag of a hub data set; pin it and the same prompts come back."""
-    train_split: str = "train"
-    """Split that is trained on; in a plain folder the file of that name. A single file is that split as a whole."""
+    train_split: str | None = None
+    """Split that is trained on, in a plain folder the file of that name; the preset's, or `train`, when absent."""
     eval_split: str | None = None
-    """Split that is held out; when absent, `num_eval` prompts are held out of the train split."""
+    """Split that is held out; the preset's when absent, and without one `num_eval` prompts of the train split."""
     eval_source: str | None = None
     """Where the held-out rows are, when not in `source`."""
     num_train: int | None = Field(default=None, ge=1)

@@ -1,0 +1,13 @@
+"""The KFP face of dataset."""
+
+from kfp import dsl
+
+
+@dsl.component(base_image="grpo-pipeline/cpu-python", install_kfp_package=False)
+def dataset(settings: str, policy: dsl.Input[dsl.Artifact], prompts: dsl.Output[dsl.Artifact]):
+    """Makes train and eval prompts of a data set, tokenised for the policy."""
+    from pathlib import Path
+
+    from components.dataset.stage import run
+
+    run(settings=settings, policy=Path(policy.path), prompts=Path(prompts.path))

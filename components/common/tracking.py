@@ -101,7 +101,9 @@ def sync(
         answer, problem = _run_child(request, deadline)
         if problem is None:
             return answer
-    log.warning("MLflow at %s was not told: %s. The run goes on; the next evaluation makes up for it", _safe(uri), problem)
+    log.warning(
+        "MLflow at %s was not told: %s. The run goes on; the next evaluation makes up for it", _safe(uri), problem
+    )
     return None
 
 
@@ -140,7 +142,8 @@ def _request(
         "artifacts": [str(Path(path).absolute()) for path in artifacts],
         "finished": finished,
         "model": None if model is None else {
-            "name": model.name, "alias": model.alias, "digest": model.manifest.digest, "manifest_key": model.manifest_key,
+            "name": model.name, "alias": model.alias,
+            "digest": model.manifest.digest, "manifest_key": model.manifest_key,
             "manifest": model.manifest.dump().decode(), "tags": dict(model.tags),
         },
     }  # fmt: skip

@@ -1,8 +1,9 @@
 """The answer a completion gives, as text two completions can be compared by: what a majority vote counts.
 
-Conventions, the first that applies: the first group of `pattern`; the last `\\boxed{...}`; the text after the last `####`;
-the last number; the whole text.
-Left out: mathematical equivalence (`1/2` and `0.5` are two answers here). Whether an answer is *right* is the reward's word.
+Conventions, the first that applies: the first group of `pattern`; the last `\\boxed{...}`; the text after the last
+`####`; the last number; the whole text.
+Left out: mathematical equivalence (`1/2` and `0.5` are two answers here). Whether an answer is *right* is the reward's
+word.
 """
 
 import re
@@ -15,11 +16,9 @@ _BOXED = "\\boxed{"
 def extract_answer(text: str, pattern: re.Pattern[str] | None = None) -> str:
     """The answer in `text` in one normal form (`1,200.0` is `1200`)."""
     if pattern is not None:
-        found = None
-        for found in pattern.finditer(text):
-            pass
-        if found:
-            return _normal(found.group(1) if pattern.groups else found.group())
+        matches = list(pattern.finditer(text))
+        if matches:
+            return _normal((matches[-1].group(1) or "") if pattern.groups else matches[-1].group())
     boxed = _last_boxed(text)
     if boxed is not None:
         return _normal(boxed)

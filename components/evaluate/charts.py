@@ -1,7 +1,7 @@
 """Curves for the report: inline SVG that stretches with the page, labels as HTML so that text keeps its size.
 
-The plot's own coordinates are 0..100 both ways; strokes do not scale (`vector-effect`). Values under the cursor are shown
-by `page.js`, which gets the same points as JSON.
+The plot's own coordinates are 0..100 both ways; strokes do not scale (`vector-effect`). Values under the cursor are
+shown by `page.js`, which gets the same points as JSON.
 """
 
 import math
@@ -92,7 +92,8 @@ def draw(chart: Chart, iterations: Sequence[int]) -> str:
     readouts = "".join(_readout(chart, position, line) for position, line in enumerate(chart.drawn))
     last = max(iteration for line in chart.drawn for iteration in line.points)
     return (
-        f'<figure class="chart" data-chart="{escape(chart.key)}" tabindex="0" role="group" aria-label="{escape(_spoken(chart))}">'
+        f'<figure class="chart" data-chart="{escape(chart.key)}" tabindex="0" role="group" '
+        f'aria-label="{escape(_spoken(chart))}">'
         f'<figcaption>{title}<span class="chart-at" data-at>after update {last}</span></figcaption>'
         f'<div class="readouts">{readouts}</div>{_plot(chart, iterations)}'
         f'<p class="chart-note">{escape(chart.note)}</p></figure>'
@@ -147,8 +148,9 @@ def _plot(chart: Chart, iterations: Sequence[int]) -> str:
     )
     x_labels = "".join(f'<span style="left:{x(tick):.2f}%">{tick}</span>' for tick in _x_ticks(first, last))
     return (
-        f'<div class="plot" data-first="{first}" data-last="{last}" data-half="{half}"><div class="y-axis" aria-hidden="true">{y_labels}</div>'
-        f'<div class="canvas"><svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">{grid}{shapes}</svg>'
+        f'<div class="plot" data-first="{first}" data-last="{last}" data-half="{half}">'
+        f'<div class="y-axis" aria-hidden="true">{y_labels}</div><div class="canvas">'
+        f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">{grid}{shapes}</svg>'
         f'<i class="cursor" hidden></i></div><div class="x-axis" aria-hidden="true">{x_labels}</div></div>'
     )
 
@@ -183,7 +185,8 @@ def _bars(chart: Chart, iterations: Sequence[int], x, y) -> str:
             top, bottom = y(base + value), y(base)
             left = x(iteration) - width / 2
             shapes.append(
-                f'<rect class="bar bar-{position}" x="{left:.2f}" y="{top:.2f}" width="{width:.2f}" height="{bottom - top:.2f}"/>'
+                f'<rect class="bar bar-{position}" x="{left:.2f}" y="{top:.2f}" width="{width:.2f}" '
+                f'height="{bottom - top:.2f}"/>'
             )
             base += value
     return "".join(shapes)

@@ -38,7 +38,7 @@ def seconds_of(rollouts: Sequence[Manifest], scored: Manifest, policy: Manifest)
 
 
 def merge(shards: Sequence[dict[str, float]]) -> dict[str, float]:
-    """One set of metrics for several shards of like size: counts add up, extremes stay extremes, the rest is averaged."""
+    """One set of metrics for shards of like size: counts add up, extremes stay extremes, the rest is averaged."""
     merged: dict[str, float] = {}
     for name in {name for shard in shards for name in shard}:
         values = [shard[name] for shard in shards if name in shard]

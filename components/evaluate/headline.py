@@ -38,7 +38,7 @@ class Headline:
     def sentence(self) -> str:
         """What happened, in words."""
         if self.is_baseline:
-            return f"The policy before training; 95 % interval {_interval(self.after)}. Later evaluations are held against it."
+            return f"The baseline, 95 % interval {_interval(self.after)}; later evaluations are held against it."
         updates = self.last - self.first
         done = f"{updates} update{'s' if updates != 1 else ''}"
         gain = self.gain or Rate(self.after.value - self.before.value, float("nan"), float("nan"))

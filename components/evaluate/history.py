@@ -28,7 +28,7 @@ class Record(Settings):
     created: str
     """When it was evaluated: ISO 8601, UTC."""
     metrics: dict[str, float]
-    """TRL's names: rollout and reward metrics of this policy's samples, metrics of the update that made it, `eval/...`."""
+    """TRL's names: metrics of this policy's samples and rewards, of the update that made it, and `eval/...`."""
     seconds: dict[str, float] = {}
     """Stage → seconds it took in this iteration."""
 

@@ -2,8 +2,9 @@
 
 # P prompts, N samples of one prompt, k samples looked at, M metrics
 
-A sample is *right* when its reward reaches the threshold; one without a reward (no function applied, generation failed)
-is wrong. Every rate is a mean over prompts of a value per prompt, so prompts weigh the same however many samples they have.
+A sample is *right* when its reward reaches the threshold; one without a reward (no function applied, generation
+failed) is wrong. Every rate is a mean over prompts of a value per prompt, so prompts weigh the same however many
+samples they have.
 """
 
 from collections import Counter
@@ -57,8 +58,8 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 def maj_at_k(right: Sequence[bool], answers: Sequence[str], k: int, *, seed: int = 0) -> float:
     """Chance that the most frequent answer among k of the N samples is right; tied answers share the vote.
 
-    The mean over all k-subsets when they are few, over seeded draws when they are many. An answer counts as right by the
-    share of its samples that are (all or none, unless the reward looks at more than the answer).
+    The mean over all k-subsets when they are few, over seeded draws when they are many. An answer counts as right by
+    the share of its samples that are (all or none, unless the reward looks at more than the answer).
     """
     num_samples = len(right)
     if comb(num_samples, k) <= _EXACT_SUBSETS:

@@ -42,7 +42,9 @@ class Table:
     pattern: re.Pattern[str] | None
 
 
-def read(folder: Path, split: str, *, correct_reward: str | None, threshold: float, pattern: str | None) -> Table | None:
+def read(
+    folder: Path, split: str, *, correct_reward: str | None, threshold: float, pattern: str | None
+) -> Table | None:
     """The scored rows of a split; None when it has none.
 
     Raises:
@@ -83,7 +85,9 @@ def judge_of(functions: Sequence[str], correct_reward: str | None) -> str:
         return functions[0]
     if correct_reward not in functions:
         known = ", ".join(functions) or "none"
-        raise SettingsError(f"evaluate.correct_reward: want one of the reward functions ({known}), got {correct_reward!r}")
+        raise SettingsError(
+            f"evaluate.correct_reward: want one of the reward functions ({known}), got {correct_reward!r}"
+        )
     return correct_reward
 
 
@@ -157,7 +161,12 @@ def _rank_in_group(scored: Table, worth: Sequence[float]) -> list[tuple[int, int
 
 def rows(scored: Table, chosen: Sequence[int], *, iteration: int, characters: int) -> list[Row]:
     """What the report says of each chosen row."""
-    known = {*completion_fields(), "reward", "error", *(REWARD_PREFIX + name for name in function_columns(scored.table))}
+    known = {
+        *completion_fields(),
+        "reward",
+        "error",
+        *(REWARD_PREFIX + name for name in function_columns(scored.table)),
+    }
     truths = [name for name in scored.table.column_names if name not in known]
     functions = function_columns(scored.table)
     found = []

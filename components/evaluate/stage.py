@@ -94,7 +94,9 @@ def _evaluate(stage: Stage[EvaluateSettings]) -> None:
     files = _write(stage, record, records, _prompts(past, held_out, record), _samples(stage, tables, past))
     settings = stage.manifest("history").metadata.get("settings", {})
     _track(stage, records, settings, files)
-    stage.publish("evaluation", kind="evaluation", files=files, metrics=held_out.metrics, metadata={"settings": settings})
+    stage.publish(
+        "evaluation", kind="evaluation", files=files, metrics=held_out.metrics, metadata={"settings": settings}
+    )
     stage.progress(1, 1, **{name: held_out.metrics[name] for name in (metrics.PASS_AT_1,) if name in held_out.metrics})
 
 
@@ -110,7 +112,11 @@ def _past(stage: Stage[EvaluateSettings]) -> _Past:
 def _tables(stage: Stage[EvaluateSettings]) -> dict[str, samples.Table]:
     folder = stage.fetch("scored")
     chosen = stage.settings
-    judged = {"correct_reward": chosen.correct_reward, "threshold": chosen.correct_threshold, "pattern": chosen.answer_pattern}
+    judged = {
+        "correct_reward": chosen.correct_reward,
+        "threshold": chosen.correct_threshold,
+        "pattern": chosen.answer_pattern,
+    }
     tables = {split: samples.read(folder, split, **judged) for split in ("eval", "train")}
     return {split: table for split, table in tables.items() if table is not None}
 

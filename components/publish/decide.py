@@ -1,4 +1,4 @@
-"""Accept or reject: the candidate's metric against the champion's, or against the baseline when there is no champion."""
+"""Accept or reject: the candidate's metric against the champion's, or the baseline's when there is no champion."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

@@ -34,7 +34,9 @@ class Policy:
             tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
             self._model = tokenizer, AutoModelForCausalLM.from_pretrained(self.folder)
         tokenizer, model = self._model
-        prompts = [str(prompt) for prompt in (model_input["prompt"] if hasattr(model_input, "columns") else model_input)]
+        prompts = [
+            str(prompt) for prompt in (model_input["prompt"] if hasattr(model_input, "columns") else model_input)
+        ]
         tokens = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
         chosen = {"max_new_tokens": 256, "do_sample": False} | (params or {})
         out = model.generate(

@@ -2,17 +2,16 @@
 
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
 from components.common import tracking
 from components.common.artifacts import fetch
-from components.common.errors import ArtifactNotFound, SettingsError, StageError
+from components.common.errors import ArtifactNotFound, StageError
 from components.common.manifest import Manifest, manifest_key, now
 from components.common.stage import Stage, run_stage
 from components.common.store import open_store
-from components.publish import champion
+from components.publish import champion, export
 from components.publish.champion import Champion
 from components.publish.config import PublishSettings
 from components.publish.decide import Contender, Rule, decide
@@ -21,8 +20,6 @@ from components.publish.summary import markdown
 log = logging.getLogger("grpo")
 
 DECISION_FILE, SUMMARY_FILE = "decision.json", "decision.md"
-EXPORT_MARK = "grpo-policy.json"
-"""File of an exported policy that says which one it is."""
 
 
 def run(settings: str, policy: Path, evaluation: Path, decision: Path, summary: Path) -> None:
@@ -50,7 +47,7 @@ def run(settings: str, policy: Path, evaluation: Path, decision: Path, summary: 
 
 
 def _publish(stage: Stage[PublishSettings]) -> None:
-    _check_export(stage.settings.export_dir)
+    export.check(stage.settings.export_dir)
     folder = stage.fetch("evaluation")
     prompts, records = (json.loads((folder / name).read_text()) for name in ("prompts.json", "history.json"))
     present = champion.read(stage.store, stage.context.fine_tune)
@@ -58,7 +55,7 @@ def _publish(stage: Stage[PublishSettings]) -> None:
     outcome = dict(repeated.decision) if repeated else _outcome(stage, prompts, records["records"], present)
     log.info("%s: %s", "accepted" if outcome["accepted"] else "rejected", outcome["reason"])
     if outcome["accepted"]:
-        _export(stage)
+        export.export(stage.manifest("policy"), stage.settings.export_dir)
     outcome["mlflow"] = _track(stage, records["records"], folder, outcome)
     if outcome["accepted"] and not repeated:
         champion.write(stage.store, stage.context.fine_tune, _pointer(stage, outcome))
@@ -112,7 +109,8 @@ def _candidate(stage: Stage[PublishSettings], prompts: dict[str, Any]) -> Conten
     return Contender(
         role="candidate", digest=policy.digest, iteration=policy.iteration or 0, run=policy.run,
         value=evaluation.metrics[metric], low=evaluation.metrics.get(f"{metric}_low"),
-        high=evaluation.metrics.get(f"{metric}_high"), per_prompt=prompts.get("latest", {}).get("values", {}).get(metric),
+        high=evaluation.metrics.get(f"{metric}_high"),
+        per_prompt=prompts.get("latest", {}).get("values", {}).get(metric),
     )  # fmt: skip
 
 
@@ -183,10 +181,18 @@ def _track(
     model = None
     if outcome["accepted"]:
         candidate = outcome["candidate"]
-        tags = {"grpo.fine_tune": policy.fine_tune, "grpo.run": policy.run, "grpo.iteration": str(policy.iteration or 0),
-                "grpo.metric": tracking.metric_name(outcome["rule"]["metric"]), "grpo.value": f"{candidate['value']:.6g}",
-                "grpo.low": f"{candidate['low']}", "grpo.high": f"{candidate['high']}", "grpo.store": policy.store,
-                "grpo.evaluation": evaluation.digest, "grpo.previous": str(outcome["previous_champion"])}  # fmt: skip
+        tags = {
+            "grpo.fine_tune": policy.fine_tune,
+            "grpo.run": policy.run,
+            "grpo.iteration": str(policy.iteration or 0),
+            "grpo.metric": tracking.metric_name(outcome["rule"]["metric"]),
+            "grpo.value": f"{candidate['value']:.6g}",
+            "grpo.low": str(candidate["low"]),
+            "grpo.high": str(candidate["high"]),
+            "grpo.store": policy.store,
+            "grpo.evaluation": evaluation.digest,
+            "grpo.previous": str(outcome["previous_champion"]),
+        }
         tags |= {f"grpo.parent.{role}": digest for role, digest in policy.parents.items()}
         name = stage.settings.registered_model or stage.context.fine_tune
         model = tracking.Model(name, policy, _key(policy, "policy"), tags)
@@ -210,38 +216,3 @@ def _record(stage: Stage[PublishSettings], outcome: dict[str, Any]) -> None:
         metrics=metrics,
         metadata={"accepted": outcome["accepted"], "reason": outcome["reason"]},
     )
-
-
-def _check_export(export_dir: str | None) -> None:
-    """Refuses to replace a folder that is not an earlier export.
-
-    Raises:
-        SettingsError: the folder holds something else.
-    """
-    if export_dir is None:
-        return
-    folder = Path(export_dir)
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / EXPORT_MARK).exists())):
-        raise SettingsError(
-            f"publish.export_dir = {export_dir!r} exists and is no earlier export (no {EXPORT_MARK} in it); "
-            "name a new or empty folder"
-        )
-
-
-def _export(stage: Stage[PublishSettings]) -> None:
-    """Puts the policy beside the folder, then swaps: a reader never sees half a model."""
-    if stage.settings.export_dir is None:
-        return
-    folder = Path(stage.settings.export_dir).absolute()
-    fresh, old = (folder.with_name(f".{folder.name}.{part}") for part in ("new", "old"))
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    policy = stage.manifest("policy")
-    fetch(open_store(policy.store), policy, fresh)
-    (fresh / EXPORT_MARK).write_bytes(policy.dump())
-    if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    log.info("exported to %s", folder)

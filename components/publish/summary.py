@@ -18,6 +18,6 @@ def _row(contender: dict[str, Any]) -> str:
     interval = "" if contender["low"] is None else f"{contender['low']:.4f} to {contender['high']:.4f}"
     digest = contender["digest"].partition(":")[2][:12]
     return (
-        f"| {contender['role']} | {contender['iteration']} | {contender['run']} | {contender['value']:.4f} | {interval} "
-        f"| `{digest}` |"
+        f"| {contender['role']} | {contender['iteration']} | {contender['run']} "
+        f"| {contender['value']:.4f} | {interval} | `{digest}` |"
     )

@@ -11,7 +11,7 @@ IMAGE_OF = {"rollout": "rollout", "update": "update"}
 LOCK = Path(__file__).parents[1] / "images" / "lock.json"
 
 
-def image_of(stage: str, cluster: ClusterSettings, lock: Path = LOCK) -> str:
+def image_of(stage: str, cluster: ClusterSettings) -> str:
     """Reference of a stage's image: the settings' own, else the locked one.
 
     Raises:
@@ -21,7 +21,7 @@ def image_of(stage: str, cluster: ClusterSettings, lock: Path = LOCK) -> str:
         return str(cluster.stage(stage).image)
     name = IMAGE_OF.get(stage, "cpu")
     try:
-        return json.loads(lock.read_text())[name]
+        return json.loads(LOCK.read_text())[name]
     except (FileNotFoundError, KeyError):
         raise SettingsError(
             f"no image for {stage}: run `make images REGISTRY=... TAG=...`, or set cluster.{stage}.image"

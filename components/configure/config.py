@@ -40,7 +40,7 @@ class RunSettings(Settings):
     """Prompts to train and to evaluate on."""
     rollout: RolloutSettings = RolloutSettings()
     """Sampling."""
-    reward: RewardSettings
+    reward: RewardSettings = RewardSettings()
     """Scoring."""
     update: UpdateSettings = UpdateSettings()
     """Training."""

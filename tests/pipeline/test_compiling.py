@@ -1,0 +1,161 @@
+"""The compiled pipeline: needs no ML library, holds the budget, places every stage, asks for every setting."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from components.common.errors import SettingsError
+from components.common.settings import validate
+from components.configure.config import RunSettings
+from components.configure.form import form_fields
+from pipeline.compiling import MAX_TASKS, compile_to, iterations_that_fit, task_count
+from pipeline.settings import PipelineSettings
+
+ROOT = Path(__file__).parents[2]
+STAGES = ("configure", "dataset", "rollout", "reward", "update", "evaluate", "publish")
+VALUES = {
+    "fine_tune": "f", "model": "m", "store": "s3://bucket", "iterations": 2, "dataset": {"source": "gsm8k"},
+    "reward": {"functions": [{"name": "numeric_match"}]},
+    "cluster": {
+        "preset": "gke", "queue": "team-a",
+        "rollout": {"gpus": 2, "gpu_type": "nvidia-l4", "spot": True}, "update": {"gpus": 8, "shm": "32Gi"},
+        **{stage: {"image": "registry.example/cpu@sha256:" + "0" * 64}
+           for stage in ("configure", "dataset", "reward", "evaluate", "publish")},
+    },
+}  # fmt: skip
+for _stage in ("rollout", "update"):
+    VALUES["cluster"][_stage]["image"] = f"registry.example/{_stage}@sha256:" + "1" * 64
+
+
+def settings(**changes):
+    return validate(PipelineSettings, VALUES | changes)
+
+
+def compiled(tmp_path, **changes):
+    compile_to(settings(**changes), tmp_path / "pipeline.yaml")
+    ir, *platform = yaml.safe_load_all((tmp_path / "pipeline.yaml").read_text())
+    return ir, (platform[0]["platforms"]["kubernetes"]["deploymentSpec"]["executors"] if platform else {})
+
+
+@pytest.fixture(scope="module")
+def two_iterations(tmp_path_factory):
+    return compiled(tmp_path_factory.mktemp("ir"))
+
+
+def stage_of(executor):
+    return executor.removeprefix("exec-").rstrip("-0123456789").replace("-shards", "")
+
+
+def test_compiles_without_any_ml_library(tmp_path):
+    code = (
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name.split('.')[0] in ('torch', 'vllm', 'deepspeed', 'mlflow', 'transformers', 'datasets'):\n"
+        "            raise ImportError(name + ' must not be imported')\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "import json\n"
+        "from pathlib import Path\n"
+        "from components.common.settings import validate\n"
+        "from pipeline.settings import PipelineSettings\n"
+        "from pipeline.compiling import compile_to\n"
+        f"compile_to(validate(PipelineSettings, json.loads(sys.argv[1])), Path({str(tmp_path / 'p.yaml')!r}))\n"
+    )
+    subprocess.run([sys.executable, "-c", code, json.dumps(VALUES)], check=True, cwd=ROOT)
+    assert (tmp_path / "p.yaml").stat().st_size > 10_000
+
+
+def test_every_iteration_is_four_tasks_on_one_shard(two_iterations):
+    ir, _ = two_iterations
+    tasks = ir["root"]["dag"]["tasks"]
+    assert len(tasks) == 2 + 2 * 4 + 3 + 1 == task_count(settings())
+    names = [task["taskInfo"]["name"].split()[0] for task in tasks.values()]
+    assert {name: names.count(name) for name in STAGES} == {
+        "configure": 1, "dataset": 1, "rollout": 3, "reward": 3, "update": 2, "evaluate": 3, "publish": 1,
+    }  # fmt: skip
+
+
+def test_evaluation_runs_beside_the_update(two_iterations):
+    tasks = two_iterations[0]["root"]["dag"]["tasks"]
+    by_name = {task["taskInfo"]["name"]: task for task in tasks.values()}
+    keys = {task["taskInfo"]["name"]: key for key, task in tasks.items()}
+    assert keys["update 0"] not in by_name["evaluate 0"]["dependentTasks"]
+    assert keys["evaluate 0"] not in by_name["update 0"]["dependentTasks"]
+
+
+def test_shards_are_a_loop(tmp_path):
+    ir, _ = compiled(tmp_path, shards=3)
+    loops = [task for task in ir["root"]["dag"]["tasks"].values() if "parameterIterator" in task]
+    assert len(loops) == 3  # two iterations and the final evaluation
+    assert all(yaml.safe_load(loop["parameterIterator"]["items"]["raw"]) == [0, 1, 2] for loop in loops)
+
+
+def test_staleness_lets_the_next_rollout_run_beside_the_update(tmp_path):
+    for staleness, waits in ((0, True), (1, False)):
+        tasks = compiled(tmp_path, staleness=staleness)[0]["root"]["dag"]["tasks"]
+        keys = {task["taskInfo"]["name"]: key for key, task in tasks.items()}
+        rollout = tasks[keys["rollout 1"]]
+        assert (keys["update 0"] in rollout["dependentTasks"]) is waits
+
+
+def test_every_setting_is_a_parameter_with_its_value_as_default(two_iterations):
+    parameters = two_iterations[0]["root"]["inputDefinitions"]["parameters"]
+    assert set(parameters) == {"run"} | {field.name for field in form_fields(RunSettings)}
+    assert parameters["update_learning_rate"]["defaultValue"] == settings().update.learning_rate
+    assert parameters["update_loss_type"]["literals"] == list(
+        next(field.choices for field in form_fields(RunSettings) if field.name == "update_loss_type")
+    )
+    assert all(parameter.get("description") for parameter in parameters.values())
+
+
+def test_every_pod_has_requests_an_image_by_digest_and_is_not_root(two_iterations):
+    ir, platform = two_iterations
+    executors = ir["deploymentSpec"]["executors"]
+    assert {stage_of(name) for name in executors} == set(STAGES)
+    for name, executor in executors.items():
+        container, pod = executor["container"], platform[name]
+        assert "@sha256:" in container["image"]
+        assert container["resources"]["resourceCpuRequest"] and container["resources"]["resourceMemoryRequest"]
+        assert container["resources"]["resourceMemoryLimit"] == container["resources"]["resourceMemoryRequest"]
+        assert pod["securityContext"]["runAsNonRoot"] and int(pod["securityContext"]["runAsUser"]) == 1000
+        assert "pip install" not in " ".join(container["command"])
+        labels = pod["podMetadata"]["labels"]
+        assert labels["app.kubernetes.io/component"] == stage_of(name)
+        assert labels["kueue.x-k8s.io/queue-name"] == "team-a"
+
+
+def test_gpu_stages_ask_for_gpus_and_tolerate_and_select_their_pool(two_iterations):
+    ir, platform = two_iterations
+    for name, executor in ir["deploymentSpec"]["executors"].items():
+        stage, pod = stage_of(name), platform[name]
+        accelerator = executor["container"]["resources"].get("accelerator", {})
+        taints = {toleration["key"] for toleration in pod.get("tolerations", [])}
+        if stage in ("rollout", "update"):
+            assert accelerator["resourceType"] == "nvidia.com/gpu"
+            assert accelerator["resourceCount"] == {"rollout": "2", "update": "8"}[stage]
+            assert "nvidia.com/gpu" in taints
+        else:
+            assert not accelerator and not taints and "nodeSelector" not in pod
+    rollout = next(pod for name, pod in platform.items() if stage_of(name) == "rollout")
+    assert rollout["nodeSelector"]["labels"] == {
+        "cloud.google.com/gke-accelerator": "nvidia-l4", "cloud.google.com/gke-spot": "true",
+    }  # fmt: skip
+
+
+def test_too_many_tasks_are_refused_with_the_number_that_fits(tmp_path):
+    fit = iterations_that_fit(settings())
+    assert task_count(settings(iterations=fit)) <= MAX_TASKS < task_count(settings(iterations=fit + 1))
+    with pytest.raises(SettingsError, match=f"{fit} iterations fit"):
+        compile_to(settings(iterations=fit + 1), tmp_path / "pipeline.yaml")
+    assert not (tmp_path / "pipeline.yaml").exists()
+
+
+def test_a_stage_without_an_image_is_refused_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.images.LOCK", tmp_path / "none.json")
+    cluster = {"reward": {}}
+    with pytest.raises(SettingsError, match="make images"):
+        compile_to(settings(cluster=cluster), tmp_path / "pipeline.yaml")

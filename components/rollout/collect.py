@@ -1,4 +1,4 @@
-"""Drawing a job's groups: keeps the engine fed, tells how far it is, saves what is finished, also when it is stopped."""
+"""Drawing a job's groups: tells how far it is and saves what is finished, also when it is stopped."""
 
 import logging
 import signal

@@ -15,8 +15,8 @@ class VllmSettings(Settings):
 
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
     """Share of a GPU's memory for weights and KV cache."""
-    cpu_kv_cache_gib: float = Field(default=1.0, gt=0)
-    """KV cache on a machine without GPU, in GiB."""
+    cpu_kv_cache_gib: float | None = Field(default=None, gt=0)
+    """KV cache on a machine without GPU, in GiB; unset: what the job's samples need, 4 GiB at most."""
     tensor_parallel_size: int | None = Field(default=None, ge=1)
     """GPUs one copy of the model is spread over; unset: all of the pod's. Shards are the data parallelism."""
     enforce_eager: bool | None = None

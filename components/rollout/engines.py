@@ -8,7 +8,7 @@ from pathlib import Path
 from components.common.errors import GrpoError, SettingsError, StageError
 from components.common.manifest import Manifest
 from components.rollout.config import RolloutSettings
-from components.rollout.sampler import Sampler
+from components.rollout.sampler import Sampler, SampleRequest
 from components.rollout.text import Decode
 
 log = logging.getLogger("grpo")
@@ -32,18 +32,20 @@ def engine_name(settings: RolloutSettings) -> str:
 
 
 def start_engine(
-    name: str, settings: RolloutSettings, policy: Path, manifest: Manifest, decode: Decode, longest: int
-) -> Sampler:
-    """Starts an engine with a policy; `longest` is the most tokens a prompt and its completion have together.
+    name: str, settings: RolloutSettings, policy: Path, manifest: Manifest, decode: Decode,
+    requests: Sequence[SampleRequest],
+) -> Sampler:  # fmt: skip
+    """Starts an engine with a policy, sized for the requests it will get.
 
     Raises:
         StageError: the engine did not start; the message names the settings that help.
     """
+    longest = max(len(request.prompt_ids) + request.sampling.max_tokens for request in requests)
     try:
         if name == "vllm":
             from components.rollout.vllm_sampler import VllmSampler
 
-            return VllmSampler(policy, settings, longest=longest)
+            return VllmSampler(policy, settings, longest=longest, num_requests=len(requests))
         if name == "openai":
             from components.rollout.openai_sampler import OpenaiSampler
 

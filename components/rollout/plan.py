@@ -78,7 +78,7 @@ def shard_rows(num_rows: int, context: RunContext, shard: int) -> list[int]:
 
 
 def in_drawing_order(groups: Sequence[Group]) -> list[Group]:
-    """Groups of one sampling together, short prompts first, equal beginnings side by side: little padding, shared cache."""
+    """Groups of one sampling together, short prompts first, equal beginnings side by side: less padding."""
     kinds = list(dict.fromkeys(group.requests[0].sampling for group in groups))
     order: Callable[[Group], tuple] = lambda group: (  # noqa: E731
         kinds.index(group.requests[0].sampling), len(group.requests[0].prompt_ids), group.requests[0].prompt_ids,

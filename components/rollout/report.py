@@ -1,4 +1,4 @@
-"""What a rollout tells about itself: metrics under TRL's names, and the sampling settings for the stages that follow."""
+"""What a rollout tells about itself: metrics under TRL's names, and the sampling settings for later stages."""
 
 import logging
 from collections.abc import Mapping, Sequence

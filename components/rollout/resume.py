@@ -98,7 +98,8 @@ class Saved:
         ]  # fmt: skip
         path = self.work_dir / "part.parquet"
         write_table(pa.Table.from_pylist(rows, schema=pa.schema(_fields())), path, _fields())
-        self.store.put_file(path, f"{self.prefix}{self.count:05d}-{file_digest(path).removeprefix('blake3:')[:32]}.parquet")
+        digest = file_digest(path).removeprefix("blake3:")[:32]
+        self.store.put_file(path, f"{self.prefix}{self.count:05d}-{digest}.parquet")
         self.count += 1
         path.unlink()
 

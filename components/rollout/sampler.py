@@ -71,8 +71,9 @@ class Load:
 class Sampler(Protocol):
     """An engine that holds one policy.
 
-    `sample` yields each request's completion once, in any order, as many at a time as come together. A given engine draws the same completion for a
-    request (same prompt, seed and sampling) in whichever batch or shard it stands, up to rounding in the logits.
+    `sample` yields each request's completion once, in any order, as many at a time as come together. A given engine
+    draws the same completion for a request (same prompt, seed and sampling) in whichever batch or shard it stands, up
+    to rounding in the logits.
     """
 
     load: Load

@@ -34,7 +34,8 @@ def run(settings: str, iteration: int, shard: int, policy: Path, prompts: Path, 
     _, own = load_stage(RolloutSettings, settings)
     if runs_elsewhere(own.python):
         arguments = {"settings": settings, "iteration": iteration, "shard": shard}
-        run_elsewhere(own.python, __package__, arguments | {"policy": policy, "prompts": prompts, "completions": completions})
+        arguments |= {"policy": policy, "prompts": prompts, "completions": completions}
+        run_elsewhere(own.python, __package__, arguments)
         return
     stage = Stage(
         "rollout", RolloutSettings, settings, iteration=iteration, shard=shard,
@@ -120,11 +121,10 @@ def _draw(stage: Stage[RolloutSettings], folder: Path, collection: "Collection")
     name = engine_name(stage.settings)
     if not collection.pending:
         return {}, {"engine": name}
-    requests = [group.requests[0] for group in collection.pending]
-    longest = max(len(request.prompt_ids) + request.sampling.max_tokens for request in requests)
+    requests = [request for group in collection.pending for request in group.requests]
     manifest = stage.manifest("policy")
     started = time.monotonic()
-    sampler = start_engine(name, stage.settings, folder, manifest, open_tokenizer(folder), longest)
+    sampler = start_engine(name, stage.settings, folder, manifest, open_tokenizer(folder), requests)
     try:
         digest = proven_digest(manifest, folder, sampler.file_digests())
         ready = time.monotonic()

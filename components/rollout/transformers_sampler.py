@@ -194,7 +194,7 @@ def _distinct_prompts(requests: Sequence[SampleRequest]) -> tuple[list[Sequence[
     prompts: list[Sequence[int]] = []
     owner: list[int] = []
     for request in requests:
-        if not prompts or request.prompt_ids is not prompts[-1] and list(request.prompt_ids) != list(prompts[-1]):
+        if not prompts or list(request.prompt_ids) != list(prompts[-1]):
             prompts.append(request.prompt_ids)
         owner.append(len(prompts) - 1)
     return prompts, owner

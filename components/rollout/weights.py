@@ -54,6 +54,20 @@ def vocabulary_size(policy: Path) -> int | None:
     return read_config(policy).get("vocab_size")
 
 
+def stored_dtype(policy: Path) -> str:
+    """Number format the weights are stored in, as the configuration has it; float32 where it does not say."""
+    config = read_config(policy)
+    return config.get("dtype") or config.get("torch_dtype") or "float32"
+
+
+def kv_bytes_per_token(policy: Path) -> int:
+    """Bytes of KV cache a token takes: keys and values of every layer, at 4 bytes a number."""
+    config = read_config(policy)
+    heads = config["num_attention_heads"]
+    width = config.get("head_dim") or config["hidden_size"] // heads
+    return 2 * 4 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * width
+
+
 def read_config(policy: Path) -> dict:
     """The model's `config.json`, or its text part for a model of several modalities.
 

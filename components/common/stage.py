@@ -3,7 +3,6 @@
 import json
 import logging
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any, Generic, TypeVar
 from components.common import artifacts
 from components.common.errors import AlreadyPublished, ArtifactNotFound, GrpoError, StageError
 from components.common.events import Events
+from components.common.logs import task_log
 from components.common.manifest import File, Kind, Manifest, Producer, code_version, manifest_key, text_digest
 from components.common.settings import Settings, dump_stage, load_stage
 from components.common.store import Store, open_store
@@ -173,32 +173,31 @@ def run_stage(stage: Stage[S], body: Callable[[Stage[S]], None]) -> None:
     Raises:
         GrpoError: as the body raises it, after the failure was logged and told.
     """
-    handler = _log_to(stage.events.log_path)
-    started = time.monotonic()
-    try:
-        stage._published = stage._already()
-        if len(stage._published) == len(stage.outputs):
-            log.info("%s: done before, nothing to do", stage.task)
-            outcome = "skipped"
-        else:
-            stage.events.emit("start")
-            log.info("%s: start", stage.task)
-            _work(stage, body)
-            outcome = "done"
-        for role, path in stage.outputs.items():
-            _write_whole(Path(path), stage._published[role].dump())
-        seconds = time.monotonic() - started
-        log.info("%s: %s in %.1f s", stage.task, outcome, seconds)
-        stage.events.emit(outcome, seconds=seconds, metrics=_all_metrics(stage))
-    except BaseException as error:
-        message = str(error) if isinstance(error, GrpoError) else f"{type(error).__name__}: {error}"
-        stage.events.emit("failed", error=message, log=str(stage.events.log_path or ""))
-        log.error("%s failed: %s", stage.task, message, exc_info=not isinstance(error, GrpoError))
-        raise
-    finally:
-        if handler:
-            log.removeHandler(handler)
-            handler.close()
+    with task_log(stage.events.log_path):
+        try:
+            _run(stage, body)
+        except BaseException as error:
+            message = str(error) if isinstance(error, GrpoError) else f"{type(error).__name__}: {error}"
+            stage.events.emit("failed", error=message, log=str(stage.events.log_path or ""))
+            log.error("%s failed: %s", stage.task, message, exc_info=not isinstance(error, GrpoError))
+            raise
+
+
+def _run(stage: Stage[S], body: Callable[[Stage[S]], None]) -> None:
+    stage._published = stage._already()
+    if len(stage._published) == len(stage.outputs):
+        log.info("%s: done before, nothing to do", stage.task)
+        outcome = "skipped"
+    else:
+        stage.events.emit("start")
+        log.info("%s: start", stage.task)
+        _work(stage, body)
+        outcome = "done"
+    for role, path in stage.outputs.items():
+        _write_whole(Path(path), stage._published[role].dump())
+    seconds = time.monotonic() - stage.started
+    log.info("%s: %s in %.1f s", stage.task, outcome, seconds)
+    stage.events.emit(outcome, seconds=seconds, metrics=_all_metrics(stage))
 
 
 def _work(stage: Stage[S], body: Callable[[Stage[S]], None]) -> None:
@@ -221,22 +220,3 @@ def _write_whole(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_bytes(data)
     temporary.replace(path)
-
-
-def _log_to(path: Path | None) -> logging.Handler | None:
-    """Log lines go to stdout (the pod's log) and, on a local run, to the task's own file."""
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    line = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
-    if not any(getattr(handler, "is_console", False) for handler in log.handlers):
-        console = logging.StreamHandler(sys.stdout)
-        console.is_console = True  # type: ignore[attr-defined]
-        console.setFormatter(line)
-        log.addHandler(console)
-    if path is None:
-        return None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(line)
-    log.addHandler(handler)
-    return handler

@@ -1,0 +1,184 @@
+"""The codec of one block of a patch: positions as gaps, values as differences in units in the last place.
+
+Frames of a block of width 2: gaps, values, large values. Of another width: gaps, then a frame a byte of the values.
+Gaps take one byte when changes are dense enough, else two; the highest value says "so many unchanged, and more follow",
+which keeps a geometric distribution geometric, so that zstd's entropy coder comes within 1 % of the optimum.
+
+# E elements of a block, C changed ones
+"""
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from components.common.errors import ArtifactError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+DENSE = 0.4
+"""Changed share above which every element's difference is stored and no position."""
+BYTE_GAPS = 1 / 300
+"""Changed share above which gaps take one byte."""
+
+_contexts = threading.local()
+
+
+def encode(old: memoryview, new: memoryview, width: int) -> tuple[int, list[bytes]]:
+    """Changed elements and the frames that tell them; no frames when nothing changed."""
+    import numpy as np
+
+    old_E, new_E = (np.frombuffer(data, f"<u{width}") for data in (old, new))
+    positions_C = np.flatnonzero(old_E != new_E)
+    changed = positions_C.size
+    if changed == 0:
+        return 0, []
+    if changed > DENSE * new_E.size:
+        return changed, [b"", *_pack_values(_steps(old_E, new_E), dense=True)]
+    steps_C = _steps(old_E[positions_C], new_E[positions_C])
+    return changed, [_pack_gaps(positions_C, changed > BYTE_GAPS * new_E.size), *_pack_values(steps_C, dense=False)]
+
+
+class Block:
+    """A block of values that patches are applied to, one after the other."""
+
+    def __init__(self, data: memoryview, width: int) -> None:
+        import numpy as np
+
+        self.values_E = np.frombuffer(data, f"<u{width}").copy()
+
+    def apply(self, changed: int, frames: Sequence[memoryview]) -> None:
+        """Raises ArtifactError when the frames do not fit the block."""
+        import zstandard
+
+        try:
+            gaps, *values = frames
+            if not gaps:
+                self.values_E = _move(
+                    self.values_E, _unpack_values(values, self.values_E, self.values_E.size, dense=True)
+                )
+                return
+            positions_C = _unpack_gaps(gaps)
+            if positions_C.size != changed or positions_C[-1] >= self.values_E.size:
+                raise ValueError("positions do not fit")
+            steps_C = _unpack_values(values, self.values_E, changed, dense=False)
+            self.values_E[positions_C] = _move(self.values_E[positions_C], steps_C)
+        except (ValueError, IndexError, zstandard.ZstdError) as error:
+            raise ArtifactError(f"a patch is damaged: {error}") from None
+
+    def bytes(self) -> memoryview:
+        """The values as they stand now."""
+        return memoryview(self.values_E).cast("B")
+
+
+# --- values ---------------------------------------------------------------------------------------------------------
+
+
+def _ordered(values: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """Bit patterns of floats as integers in the floats' own order, modulo 2^bits; its own inverse."""
+    bits = 8 * values.itemsize
+    signed = values.view(f"<i{values.itemsize}")
+    return signed ^ ((signed >> (bits - 1)) & signed.dtype.type((1 << (bits - 1)) - 1))
+
+
+def _steps(old: "np.ndarray[Any, Any]", new: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """Units in the last place from old to new, modulo 2^bits."""
+    return _ordered(new) - _ordered(old)
+
+
+def _move(old: "np.ndarray[Any, Any]", steps: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    moved = _ordered(old) + steps
+    return _ordered(moved).view(old.dtype)
+
+
+def _pack_values(steps: "np.ndarray[Any, Any]", *, dense: bool) -> list[bytes]:
+    import numpy as np
+
+    width = steps.itemsize
+    if width == 2 and not dense:
+        large = (steps > 127) | (steps < -127)
+        if large.any():
+            return [_squeeze(np.where(large, -128, steps).astype(np.int8)), _squeeze(steps[large])]
+        return [_squeeze(steps.astype(np.int8)), b""]
+    zigzag = ((steps << 1) ^ (steps >> (8 * width - 1))).view(f"<u{width}")
+    planes = zigzag.view(np.uint8).reshape(-1, width)
+    return [_squeeze(np.ascontiguousarray(planes[:, place])) for place in range(width)]
+
+
+def _unpack_values(
+    frames: Sequence[memoryview], like: "np.ndarray[Any, Any]", count: int, *, dense: bool
+) -> "np.ndarray[Any, Any]":
+    import numpy as np
+
+    width = like.itemsize
+    if width == 2 and not dense:
+        small, large = frames
+        steps = np.frombuffer(_expand(small), np.int8).astype(np.int16)
+        if large:
+            steps[steps == -128] = np.frombuffer(_expand(large), "<i2")
+    else:
+        planes = np.empty((count, width), np.uint8)
+        for place, frame in enumerate(frames):
+            planes[:, place] = np.frombuffer(_expand(frame), np.uint8)
+        zigzag = planes.reshape(-1).view(f"<u{width}")
+        one = zigzag.dtype.type(1)
+        steps = ((zigzag >> one) ^ -(zigzag & one).view(f"<i{width}").view(zigzag.dtype)).view(f"<i{width}")
+    if steps.size != count:
+        raise ValueError("values do not fit")
+    return steps
+
+
+# --- positions ------------------------------------------------------------------------------------------------------
+
+
+def _pack_gaps(positions_C: "np.ndarray[Any, Any]", one_byte: bool) -> bytes:
+    """First byte of the frame's content: width of a gap."""
+    import numpy as np
+
+    more = 255 if one_byte else 65535
+    gaps_C = np.diff(positions_C, prepend=-1) - 1
+    longest = int(gaps_C.max())
+    if longest < more:
+        codes = gaps_C.astype(np.uint8 if one_byte else "<u2")
+    else:
+        repeats_C = gaps_C // more
+        codes = np.full(gaps_C.size + int(repeats_C.sum()), more, np.uint8 if one_byte else "<u2")
+        codes[np.cumsum(repeats_C + 1) - 1] = gaps_C - repeats_C * more
+    if one_byte:
+        return _squeeze(np.concatenate([np.ones(1, np.uint8), codes]))
+    planes = np.ascontiguousarray(codes.view(np.uint8).reshape(-1, 2).T).reshape(-1)
+    return _squeeze(np.concatenate([np.full(1, 2, np.uint8), planes]))
+
+
+def _unpack_gaps(frame: memoryview) -> "np.ndarray[Any, Any]":
+    import numpy as np
+
+    content = np.frombuffer(_expand(frame), np.uint8)
+    if content[0] == 1:
+        codes, more = content[1:], 255
+    else:
+        codes = np.ascontiguousarray(content[1:].reshape(2, -1).T).reshape(-1).view("<u2")
+        more = 65535
+    steps = codes.astype(np.int32)
+    steps += 1
+    skips = codes == more
+    if skips.any():
+        steps[skips] = more
+        return np.cumsum(steps, dtype=np.int32)[~skips] - 1
+    return np.cumsum(steps, dtype=np.int32) - 1
+
+
+def _squeeze(array: "np.ndarray[Any, Any]") -> bytes:
+    import zstandard
+
+    if not hasattr(_contexts, "out"):  # a compressor is no thread's but its own
+        _contexts.out = zstandard.ZstdCompressor(level=1)
+    return bytes(_contexts.out.compress(memoryview(array).cast("B")))
+
+
+def _expand(frame: memoryview) -> bytes:
+    import zstandard
+
+    if not hasattr(_contexts, "back"):
+        _contexts.back = zstandard.ZstdDecompressor()
+    return bytes(_contexts.back.decompress(frame))

@@ -91,7 +91,8 @@ def _from_hub(name: str, place: Place, split: str, cache: Path | None) -> "pa.Ta
         found = datasets.load_dataset(name, place.subset, split=split, **options)
     except (ValueError, OSError, RuntimeError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"data set {name}, split {split}: {error}; check dataset.source, subset and the split's name"
+            f"data set {name}, split {split}: {error}; check dataset.source, subset and the split's name; without a "
+            "network, put a local copy's folder in dataset.source and, for a preset, its name in dataset.preset"
         ) from None
     return _as_table(found)
 

@@ -145,7 +145,8 @@ def _ids(
 ) -> list[str]:
     name = settings.id_column
     if name is None:
-        return [content_id(prompt, row) for prompt, row in zip(prompts_P, own.to_pylist(), strict=True)]
+        rows = rows_of(own, len(prompts_P))
+        return [content_id(prompt, row) for prompt, row in zip(prompts_P, rows, strict=True)]
     if name not in table.column_names:
         raise DataError(f"{split}: no column {name} for ids; there are {', '.join(table.column_names)}")
     values = table.column(name).to_pylist()
@@ -161,6 +162,11 @@ def _ids(
             "to name rows by their content"
         )
     return ids
+
+
+def rows_of(table: "pa.Table", count: int) -> list[dict[str, Any]]:
+    """The `count` rows of a table, which forgets their number when it has no columns."""
+    return table.to_pylist() if table.num_columns else [{}] * count
 
 
 def content_id(prompt: Prompt | None, row: dict[str, Any]) -> str:

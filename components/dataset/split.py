@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from components.common.errors import DataError, SettingsError
 from components.dataset.config import DatasetSettings
-from components.dataset.prompts import Prompts
+from components.dataset.prompts import Prompts, rows_of
 
 DEFAULT_NUM_EVAL = 128
 """Prompts held out of a train split when nobody says how many."""
@@ -108,7 +108,7 @@ def dataset_digest(splits: Sequence[Prompts]) -> str:
     """Digest of all that the run sees of the data: ids, texts, tokens and columns, however they are stored."""
     hasher = hashlib.sha256()
     for prompts in splits:
-        rows = prompts.columns.to_pylist() if prompts.columns.num_columns else [{}] * len(prompts.ids)
+        rows = rows_of(prompts.columns, len(prompts.ids))
         for row in zip(prompts.ids, prompts.texts, prompts.tokens_PT, rows, strict=True):
             line = json.dumps([prompts.split, *row], sort_keys=True, default=str)
             hasher.update(line.encode() + b"\n")

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from components.common.manifest import Manifest
+
 FinishReason = Literal["stop", "length", "error"]
 
 
@@ -78,8 +80,15 @@ class Sampler(Protocol):
 
     load: Load
 
-    def file_digests(self) -> dict[str, str]:
-        """Digest of each policy file this engine read its weights from, taken from the bytes it read."""
+    proof: str
+    """How it is known which policy the engine holds: by the `bytes` it loaded, a served model's `name`, or `none`."""
+
+    def held_digest(self, manifest: Manifest, policy: Path) -> str:
+        """Digest of the policy this engine holds, `policy` being the folder it was started with.
+
+        Raises:
+            DigestMismatch: it holds another one than `manifest` says.
+        """
 
     def sample(self, requests: Sequence[SampleRequest]) -> Iterator[Sequence[Completion]]:
         """Draws a completion for every request."""

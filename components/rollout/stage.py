@@ -116,7 +116,6 @@ def _draw(stage: Stage[RolloutSettings], folder: Path, collection: "Collection")
     from components.rollout.collect import draw_all
     from components.rollout.engines import engine_name, start_engine
     from components.rollout.text import open_tokenizer
-    from components.rollout.weights import proven_digest
 
     name = engine_name(stage.settings)
     if not collection.pending:
@@ -126,7 +125,7 @@ def _draw(stage: Stage[RolloutSettings], folder: Path, collection: "Collection")
     started = time.monotonic()
     sampler = start_engine(name, stage.settings, folder, manifest, open_tokenizer(folder), requests)
     try:
-        digest = proven_digest(manifest, folder, sampler.file_digests())
+        digest = sampler.held_digest(manifest, folder)
         ready = time.monotonic()
         log.info("%s: %s started in %.1f s with policy %s", stage.task, name, ready - started, digest[:19])
         draw_all(collection, sampler, stage.settings, stage.progress)
@@ -137,7 +136,7 @@ def _draw(stage: Stage[RolloutSettings], folder: Path, collection: "Collection")
         "rollout/engine_start_seconds": ready - started, "rollout/seconds": seconds,
         "rollout/tokens_per_second": collection.num_tokens / seconds,
     }  # fmt: skip
-    return figures, {"engine": name, "policy_digest": digest}
+    return figures, {"engine": name, "policy_digest": digest, "proof": sampler.proof}
 
 
 def _publish(

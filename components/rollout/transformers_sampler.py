@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.common.errors import DataError
+from components.common.manifest import Manifest
 from components.rollout.config import RolloutSettings
 from components.rollout.draw import Draw, uniform
 from components.rollout.sampler import Completion, Load, SampleRequest, Sampling, checked
-from components.rollout.weights import adapter_folder, read_hashed, weight_files
+from components.rollout.weights import adapter_folder, proven_digest, read_hashed, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +51,7 @@ class TransformersSampler:
         disable_progress_bar()
         if settings.num_threads:
             torch.set_num_threads(settings.num_threads)
-        self.load = Load()
+        self.load, self.proof = Load(), "bytes"
         self.batch_size = settings.batch_size
         self.decode = decode
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -78,9 +79,9 @@ class TransformersSampler:
             raise DataError(f"the adapter does not fit the model: {outcome.unexpected_keys[0]} has no place in it")
         return model
 
-    def file_digests(self) -> dict[str, str]:
-        """Digest of each weight file, taken as it was loaded."""
-        return self._digests
+    def held_digest(self, manifest: Manifest, policy: Path) -> str:
+        """Digest of the policy, of the bytes that were loaded."""
+        return proven_digest(manifest, policy, self._digests)
 
     def close(self) -> None:
         """Frees the model."""

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.common.errors import DigestMismatch
-from components.common.manifest import file_digest
+from components.common.manifest import Manifest, file_digest
 from components.rollout.config import RolloutSettings, VllmSettings
 from components.rollout.sampler import Completion, Load, SampleRequest, Sampling, checked
-from components.rollout.weights import adapter_folder, kv_bytes_per_token, stored_dtype, weight_files
+from components.rollout.weights import adapter_folder, kv_bytes_per_token, proven_digest, stored_dtype, weight_files
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -31,7 +31,7 @@ class VllmSampler:
     """Holds a policy folder in vLLM's offline engine. `longest`: most tokens of a prompt and its completion."""
 
     def __init__(self, policy: Path, settings: RolloutSettings, *, longest: int, num_requests: int) -> None:
-        self.load = Load()
+        self.load, self.proof = Load(), "bytes"
         self.policy, self.settings = policy, settings
         self.adapter = adapter_folder(policy)
         unhashed = [] if settings.vllm.load_format == VERIFIED else weight_files(policy)
@@ -50,9 +50,9 @@ class VllmSampler:
             if self._digests[name] != digest:
                 raise DigestMismatch(f"{policy / name} changed while vLLM loaded it: run the stage again")
 
-    def file_digests(self) -> dict[str, str]:
-        """Digest of each weight file, from the bytes the workers loaded."""
-        return self._digests
+    def held_digest(self, manifest: Manifest, policy: Path) -> str:
+        """Digest of the policy, of the bytes that were loaded."""
+        return proven_digest(manifest, policy, self._digests)
 
     def sample(self, requests: Sequence[SampleRequest]) -> Iterator[list[Completion]]:
         """Hands every request to the engine, then yields what each engine step finishes."""

@@ -5,6 +5,7 @@ events. Every task is a process of its own, as it is a pod of its own on the clu
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -111,8 +112,9 @@ def _reason(run: RunDir, events: list[dict[str, Any]]) -> str:
     killed = [task for task in open_tasks if task not in ended]
     if killed:
         return f"{killed[-1]} was killed\n  its log: {run.path / 'logs' / killed[-1]}.log"
-    tail = run.pipeline_log.read_text(errors="replace").strip().splitlines()[-5:]
-    return "\n  ".join(["the pipeline could not run:", *tail, f"its log: {run.pipeline_log}"])
+    errors = re.findall(r"^\s*([\w.]*(?:Error|Exception): .+)$", run.pipeline_log.read_text(errors="replace"), re.MULTILINE)
+    told = [line for line in errors if "Inner task failed" not in line] or errors or ["for a reason it did not tell"]
+    return f"the pipeline could not run: {told[-1]}\n  its log: {run.pipeline_log}"
 
 
 def drive(run: RunDir) -> None:

@@ -62,7 +62,7 @@ class Stage(Generic[S]):
         """Name of this task within its run, as its log file has it."""
         parts = [self.name]
         parts += [] if self.iteration is None else [f"{self.iteration:04d}"]
-        parts += [] if self.shard is None else [f"shard{self.shard:02d}"]
+        parts += [] if self.shard is None or self.context.shards == 1 else [f"shard{self.shard:02d}"]
         return "-".join(parts)
 
     @property
@@ -160,7 +160,7 @@ class Stage(Generic[S]):
                 raise AlreadyPublished(
                     f"{name} was made with other settings, inputs or code: start another run, or resume this as it was"
                 )
-            if all(self.store.stat(file.key) for file in manifest.files):
+            if all(self.store.stat(key) for file in manifest.files for key in file.keys):
                 found[role] = manifest
             else:  # collected or lost: the manifest promises what is gone, so the work is done again
                 self.store.delete(name)

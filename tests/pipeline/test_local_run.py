@@ -1,0 +1,206 @@
+"""Whole runs on this machine through the command line: finished, killed, interrupted, resumed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from components.common.events import read_events
+from components.common.manifest import Manifest
+from components.common.store import open_store
+from pipeline.runs import RunDir
+
+GRPO = [sys.executable, "-m", "pipeline.cli"]
+PATIENCE_SECONDS = 300.0
+SETTINGS = """
+fine_tune = "tiny"
+model = {model!r}
+iterations = 2
+shards = {shards}
+
+[dataset]
+source = "./data.jsonl"
+num_eval = 6
+chat_template = false
+max_prompt_length = 16
+
+[rollout]
+engine = "transformers"
+num_prompts = 6
+group_size = 4
+max_completion_length = 4
+eval_group_size = 2
+
+[[reward.functions]]
+name = "./reward.py:digits"
+
+[update]
+learning_rate = 1e-3
+num_minibatches = 2
+"""
+REWARD = """
+def digits(completions, **columns):
+    return [sum(c.isdigit() for c in text) / 4 for text in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, tiny_model):
+    """A folder like a user's: settings, data and a reward function."""
+    folder = tmp_path_factory.mktemp("project")
+    rng = random.Random(0)
+    rows = [{"prompt": f"{number}: {rng.randrange(10)}+1=", "answer": "x"} for number in range(30)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "reward.py").write_text(REWARD)
+    (folder / "settings.toml").write_text(SETTINGS.format(model=str(tiny_model), shards=1))
+    return folder
+
+
+def grpo(project, *arguments, ok=True):
+    result = subprocess.run([*GRPO, *arguments], cwd=project, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    if ok:
+        assert result.returncode == 0, result.stdout + result.stderr + logs(project)
+    return result
+
+
+def logs(project):
+    return "\n".join(path.read_text(errors="replace")[-3000:] for path in project.glob("runs/*/run-*/logs/*.log"))
+
+
+def policies(project, fine_tune, run):
+    """Digest of every policy of a run."""
+    store = open_store((project / "runs" / "store").as_uri())
+    keys = [stat.key for stat in store.list(f"manifests/{fine_tune}/{run}/") if stat.key.endswith("/policy.json")]
+    return {key.split("/")[3]: Manifest.parse(store.get_bytes(key), where=key).digest for key in keys}
+
+
+def wait_for(project, fine_tune, task, kind="start"):
+    """Until a task of the newest run has told of an event."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    run = project / "runs" / fine_tune / "run-0001"
+    while time.monotonic() < deadline:
+        if any(event["task"] == task and event["event"] == kind for event in read_events(run)):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{task} never came to {kind}\n{logs(project)}")
+
+
+@pytest.fixture(scope="module")
+def finished(project):
+    """The run nobody disturbed."""
+    return grpo(project, "run", "settings.toml")
+
+
+@pytest.fixture(scope="module")
+def disturbed(project, finished):
+    """A run of the same settings: a stage killed, the whole run interrupted, resumed twice."""
+    start = [*GRPO, "run", "settings.toml", "--set", "fine_tune=disturbed"]
+    first = subprocess.Popen(start, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(project, "disturbed", "update-0000")
+    second = subprocess.run(start, cwd=project, capture_output=True, text=True, timeout=60)
+    for process in psutil.Process(first.pid).children(recursive=True):
+        if "executor_main" in " ".join(process.cmdline()):
+            process.send_signal(signal.SIGKILL)
+    killed, _ = first.communicate(timeout=PATIENCE_SECONDS)
+
+    resume = [*start, "--resume"]
+    third = subprocess.Popen(resume, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(project, "disturbed", "rollout-0001")
+    family = psutil.Process(third.pid).children(recursive=True)
+    third.send_signal(signal.SIGINT)
+    interrupted, _ = third.communicate(timeout=PATIENCE_SECONDS)
+    _, alive = psutil.wait_procs(family, timeout=10)
+    last = grpo(project, "run", "settings.toml", "--set", "fine_tune=disturbed", "--resume")
+    return {
+        "refused": second, "killed": (first.returncode, killed), "interrupted": (third.returncode, interrupted),
+        "alive": alive, "last": last,
+    }  # fmt: skip
+
+
+def test_a_run_learns_reports_and_ends(project, finished):
+    assert "report: runs/tiny/run-0001/report.html" in finished.stdout
+    assert RunDir(project / "runs" / "tiny" / "run-0001").state == "done"
+    assert "<html" in (project / "runs/tiny/run-0001/report.html").read_text()
+    assert set(policies(project, "tiny", "run-0001")) == {"0000", "0001", "0002"}
+    assert len(set(policies(project, "tiny", "run-0001").values())) == 3
+
+
+def test_show_and_report_find_the_run(project, finished):
+    shown = grpo(project, "show", "tiny").stdout
+    assert "tiny/run-0001  done" in shown and "pass@1" in shown
+    assert len([line for line in shown.splitlines() if line.strip()[:1].isdigit()]) == 3
+    assert grpo(project, "report", "tiny/run-0001").stdout.strip().endswith("run-0001/report.html")
+
+
+def test_a_killed_stage_is_told_with_its_log(project, disturbed):
+    status, output = disturbed["killed"]
+    assert status == 1 and "update-0000 was killed" in output
+    assert (project / "runs/disturbed/run-0001/logs/update-0000.log").exists()
+
+
+def test_a_second_run_of_the_same_name_is_refused_meanwhile(disturbed):
+    assert disturbed["refused"].returncode == 1
+    assert "has a run going on" in disturbed["refused"].stderr and "--set fine_tune=" in disturbed["refused"].stderr
+
+
+def test_interrupting_ends_every_child_and_says_how_to_go_on(disturbed):
+    status, output = disturbed["interrupted"]
+    assert status == 130 and "--resume" in output and disturbed["alive"] == []
+
+
+def test_what_was_finished_is_not_run_again(project, disturbed):
+    events = read_events(project / "runs/disturbed/run-0001")
+    done = [event["task"] for event in events if event["event"] == "done"]
+    assert len(done) == len(set(done))
+    assert {"configure-0000", "dataset", "rollout-0000"} <= {e["task"] for e in events if e["event"] == "skipped"}
+
+
+def test_the_disturbed_run_equals_the_undisturbed_bit_for_bit(project, finished, disturbed):
+    assert policies(project, "disturbed", "run-0001") == policies(project, "tiny", "run-0001")
+
+
+def test_a_finished_run_is_not_resumed(project, finished):
+    result = grpo(project, "run", "settings.toml", "--resume", ok=False)
+    assert result.returncode == 1 and "is done" in result.stderr
+
+
+def test_two_shards_cover_the_same_prompts_and_the_next_run_goes_on(project, finished):
+    grpo(
+        project, "run", "settings.toml", "--set", "shards=2", "--set", "start_from=latest", "--set", "iterations=1"
+    )  # fmt: skip
+    run = RunDir(project / "runs" / "tiny" / "run-0002")
+    assert set(policies(project, "tiny", "run-0002")) == {"0002", "0003"}
+    first, second = policies(project, "tiny", "run-0001"), policies(project, "tiny", "run-0002")
+    assert first["0002"] == second["0002"]
+    tasks = {event["task"] for event in read_events(run.path)}
+    assert {"rollout-0002-shard00", "rollout-0002-shard01"} <= tasks
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("rollout.grup_size=4", "did you mean rollout.group_size?"),
+        ("model=./nowhere", "no folder"),
+        ("dataset.prompt_column=question", "question"),
+        ("reward.functions=[{name='./missing.py:f'}]", "cannot read"),
+    ],
+)
+def test_bad_input_is_one_clear_message(project, override, words):
+    result = grpo(project, "run", "settings.toml", "--set", override, "--set", "fine_tune=bad", ok=False)
+    assert result.returncode == 1 and words in result.stderr and "Traceback" not in result.stderr
+
+
+def test_help_answers_without_kfp():
+    code = "import sys, pipeline.cli; print([m for m in ('kfp', 'torch', 'mlflow', 'pyarrow') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert result.stdout.strip() == "[]"
+    environment = os.environ | {"NO_COLOR": "1"}
+    result = subprocess.run([*GRPO, "--help"], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0 and all(name in result.stdout for name in ("run", "compile", "init", "show", "report"))

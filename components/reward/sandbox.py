@@ -109,12 +109,13 @@ def _separate(network: bool) -> list[str]:
             Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
             Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
         resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
-    _continue_in_child()
+    _continue_in_child()  # process 1 of the new namespace: when it ends the kernel ends all others in there
+    _continue_in_child()  # process 2 works: signals have no default effect on process 1
     return []
 
 
 def _continue_in_child() -> None:
-    """The first child is process 1 of the new namespace: when it ends the kernel ends all others in there."""
+    """Goes on in a child; this process waits for it and ends as it does."""
     child = os.fork()
     if child:
         os.closerange(3, 256)

@@ -28,7 +28,6 @@ _LOGGED = "grpo.logged."
 
 def main(asked: Path, answered: Path) -> None:
     """Does what the request says; any failure ends the process with its message as the last line of stderr."""
-    from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
     request = json.loads(asked.read_text())
@@ -44,8 +43,10 @@ def main(asked: Path, answered: Path) -> None:
         version = _register(client, run, request["model"]) if request["model"] else None
         if request["finished"]:
             client.set_terminated(run.info.run_id, "FINISHED")
-    except (MlflowException, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+    except (
+        Exception
+    ) as error:  # MLflow, its database and its HTTP layer raise what they like; the parent wants one line
+        sys.exit(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
     answer = {"run_id": run.info.run_id, "experiment_id": run.info.experiment_id, "model_version": version}
     answered.write_text(json.dumps(answer))
 
@@ -139,7 +140,10 @@ def _register(client: "MlflowClient", run: "Run", model: dict[str, Any]) -> str:
         client.create_registered_model(name, description="Policies accepted by the publish stage.")
     quoted = name.replace("'", "\\'")
     for found in client.search_model_versions(f"name = '{quoted}'"):
-        if found.tags.get("grpo.digest") == model["digest"] and found.tags.get("grpo.manifest") == model["manifest_key"]:
+        if (
+            found.tags.get("grpo.digest") == model["digest"]
+            and found.tags.get("grpo.manifest") == model["manifest_key"]
+        ):
             version = found.version
             break
     else:

@@ -171,8 +171,10 @@ def _table(records: Sequence[Record]) -> str:
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
     rows = []
     for record in records[-_TABLE_ITERATIONS:]:
-        cells = "".join(f"<td>{number(record.metrics[name]) if name in record.metrics else '–'}</td>" for name in names)
-        rows.append(f'<tr><th scope="row">{record.iteration}</th>{cells}</tr>')
+        cells = [format(record.metrics[name], ".4g") if name in record.metrics else "–" for name in names]
+        rows.append(
+            f'<tr><th scope="row">{record.iteration}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+        )
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="All figures by update"><table>'
         f'<thead><tr><th scope="col">Update</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'

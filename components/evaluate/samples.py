@@ -161,6 +161,8 @@ def _rank_in_group(scored: Table, worth: Sequence[float]) -> list[tuple[int, int
 
 def rows(scored: Table, chosen: Sequence[int], *, iteration: int, characters: int) -> list[Row]:
     """What the report says of each chosen row."""
+    if not chosen:
+        return []
     known = {
         *completion_fields(),
         "reward",

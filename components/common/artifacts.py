@@ -1,28 +1,34 @@
 """Publishing and fetching artifacts: blobs by content, manifest last, every byte checked on the way back."""
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from components.common.errors import AlreadyPublished, DigestMismatch
+from components.common.cache import NodeCache, node_cache
+from components.common.errors import AlreadyPublished, ArtifactNotFound
+from components.common.integrity import blob_key
 from components.common.manifest import File, Kind, Manifest, Producer, content_digest, file_digest, manifest_key, now
+from components.common.patched import materialise, put_blob
+from components.common.scheduling import in_parallel
 from components.common.settings import RunContext
-from components.common.store import Store
+from components.common.store import FileStore, Store, disk_errors
+
+FILES_AT_ONCE = 4
+"""Files of an artifact under way at once; each large one travels in parallel parts of its own."""
 
 
 def upload(store: Store, files: Mapping[str, Path]) -> list[File]:
     """Uploads files as blobs named by their content; a blob that is there already is not sent again."""
-    return [_upload(store, name, path) for name, path in sorted(files.items())]
+    return in_parallel(FILES_AT_ONCE, partial(_upload, store), sorted(files.items()))
 
 
-def _upload(store: Store, name: str, path: Path) -> File:
+def _upload(store: Store, item: tuple[str, Path]) -> File:
+    name, path = item
     digest = file_digest(path)
-    algorithm, _, value = digest.partition(":")
-    file = File(name=name, size=path.stat().st_size, digest=digest, key=f"blobs/{algorithm}/{value}")
-    present = store.stat(file.key)
-    if present is None or present.size != file.size:
-        store.put_file(path, file.key)
+    file = File(name=name, size=path.stat().st_size, digest=digest, key=blob_key(digest))
+    put_blob(store, path, file.key)
     return file
 
 
@@ -46,6 +52,7 @@ def publish(
 
     Raises:
         AlreadyPublished: the name holds an artifact that another key produced.
+        ArtifactNotFound: a blob of `reuse` is gone.
         StoreError: the store refused; nothing is visible then.
     """
     entries = tuple(sorted([*upload(store, files), *reuse], key=lambda file: file.name))
@@ -54,6 +61,7 @@ def publish(
         fine_tune=context.fine_tune, run=context.run, iteration=iteration, created=now(),
         metrics=dict(metrics or {}), metadata=dict(metadata or {}), store=store.url,
     )  # fmt: skip
+    _check_there(store, entries)
     key = manifest_key(context.fine_tune, context.run, iteration, name)
     if store.put_bytes(manifest.dump(), key, if_absent=True):
         return manifest
@@ -65,29 +73,50 @@ def publish(
     return present
 
 
-def fetch(store: Store, manifest: Manifest, directory: Path, names: Collection[str] | None = None) -> Path:
+def _check_there(store: Store, files: Iterable[File]) -> None:
+    """The last look before a manifest promises its blobs."""
+    keys = sorted({key for file in files for key in file.keys})
+    for key, found in zip(keys, in_parallel(FILES_AT_ONCE, store.stat, keys), strict=True):
+        if found is None:
+            raise ArtifactNotFound(
+                f"{store.url}: {key} is gone, collected or deleted; run the stage that made it again"
+            )
+
+
+def fetch(
+    store: Store,
+    manifest: Manifest,
+    directory: Path,
+    names: Collection[str] | None = None,
+    *,
+    cache: NodeCache | None = None,
+) -> Path:
     """Brings an artifact's files (or only `names`) into `directory` and checks each against its digest.
+
+    From a remote store they come through the node's cache, as read-only links into it; what this node fetched before,
+    or the full copy a patched file starts from, is not sent again.
 
     Raises:
         ArtifactNotFound: a blob is gone.
         DigestMismatch: a blob was changed or cut; the file is not left behind.
     """
-    for file in manifest.files:
-        if names is None or file.name in names:
-            _download(store, file, directory / file.name)
+    if cache is None and not isinstance(store, FileStore):
+        cache = node_cache()
+    wanted = [file for file in manifest.files if names is None or file.name in names]
+    in_parallel(FILES_AT_ONCE, lambda file: _bring(store, file, directory / file.name, cache), wanted)
     return directory
 
 
-def _download(store: Store, file: File, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.part")
+def _bring(store: Store, file: File, target: Path, cache: NodeCache | None) -> None:
+    with disk_errors(f"write {target}"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.part")
+        temporary.unlink(missing_ok=True)
     try:
-        store.get_file(file.key, temporary)
-        if (got := file_digest(temporary)) != file.digest:
-            raise DigestMismatch(
-                f"{file.name}: {store.url}/{file.key} was changed or cut: want {file.digest}, got {got}; "
-                "delete that object and run the stage that made it again"
-            )
+        if cache:
+            cache.place(file.digest, file.size, lambda path: materialise(store, file, path, cache), temporary)
+        else:
+            materialise(store, file, temporary, None)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

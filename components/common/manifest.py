@@ -13,15 +13,42 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from components.common.errors import ArtifactError, ArtifactNotFound
+from components.common.integrity import blob_key
 from components.common.settings import Settings
 
 SCHEMA_VERSION = 1
 DIGEST_PATTERN = r"^blake3:[0-9a-f]{64}$"
 
 Kind = Literal["policy", "optimizer", "prompts", "rollout", "scored", "evaluation", "decision"]
+
+
+class PatchStep(Settings):
+    """One patch of a chain: an object that turns the file before it into the next."""
+
+    key: str
+    """Object that holds the patch."""
+    size: int = Field(ge=0)
+    """Bytes of the patch."""
+    digest: str = Field(pattern=DIGEST_PATTERN)
+    """BLAKE3 of the patch."""
+    result: str = Field(pattern=DIGEST_PATTERN)
+    """BLAKE3 of the file once it is applied."""
+    changed: float = Field(ge=0, le=1)
+    """Share of the file's values it changes."""
+
+
+class Patch(Settings):
+    """How a file is made that is not stored whole: from a full copy and patches in turn."""
+
+    base: str = Field(pattern=DIGEST_PATTERN)
+    """BLAKE3 of the full copy."""
+    base_size: int = Field(ge=0)
+    """Bytes of the full copy."""
+    steps: tuple[PatchStep, ...] = Field(min_length=1)
+    """Patches, in the order they apply."""
 
 
 class File(Settings):
@@ -34,7 +61,25 @@ class File(Settings):
     digest: str = Field(pattern=DIGEST_PATTERN)
     """BLAKE3 of the content."""
     key: str
-    """Object that holds the bytes."""
+    """Object that holds the bytes; with a patch, the full copy the patches start from."""
+    patch: Patch | None = None
+    """Patches that turn that object into this file; none: the object is the file."""
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> "File":
+        """An object's key follows from its content: nothing else a manifest says is ever used as a path."""
+        whole = self.patch.base if self.patch else self.digest
+        steps = self.patch.steps if self.patch else ()
+        if self.key != blob_key(whole) or any(step.key != blob_key(step.digest) for step in steps):
+            raise ValueError(f"{self.name}: a key is not that of its digest")
+        if steps and steps[-1].result != self.digest:
+            raise ValueError(f"{self.name}: the last patch makes another file")
+        return self
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Every object that is needed to have the file."""
+        return (self.key, *(step.key for step in self.patch.steps)) if self.patch else (self.key,)
 
 
 class Producer(Settings):

@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -36,3 +36,11 @@ def bounded_map(work: Callable[[A], B], items: Iterable[A], threads: int = 0) ->
         finally:
             for task in waiting:
                 task.cancel()
+
+
+def in_parallel(threads: int, work: Callable[[A], B], items: Sequence[A]) -> list[B]:
+    """Results of `work` on each item, of at most `threads` at once; for work that waits more than it computes."""
+    if len(items) < 2:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, items))

@@ -18,6 +18,7 @@ READ = EXECUTE | READ_FILE | READ_DIR
 FILE_ONLY = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE
 BITS_OF_ABI = {1: 13, 2: 14, 3: 15, 4: 15}
 """File access rights an ABI knows; from ABI 5 on there are 16."""
+ABI_WITH_TCP, ABI_WITH_SCOPES = 4, 6
 TCP_BIND_CONNECT = 0b11
 SCOPE_ABSTRACT_SOCKETS_AND_SIGNALS = 0b11
 
@@ -52,9 +53,9 @@ def restrict(readable: Iterable[Path], writable: Iterable[Path], *, network: boo
 
 def _ruleset(version: int, files: int, network: bool) -> int:
     fields = [files]
-    if version >= 4:
+    if version >= ABI_WITH_TCP:
         fields.append(0 if network else TCP_BIND_CONNECT)
-    if version >= 6:
+    if version >= ABI_WITH_SCOPES:
         fields.append(SCOPE_ABSTRACT_SOCKETS_AND_SIGNALS)
     attributes = struct.pack(f"={len(fields)}Q", *fields)
     size = ctypes.c_size_t(len(attributes))

@@ -101,8 +101,7 @@ def _separate(network: bool) -> list[str]:
         try:
             _unshare(wanted)
         except OSError as error:
-            what = "processes" if network else "network and processes"
-            return [f"{what}: namespaces are refused here ({error.strerror}); the pod's own policies must hold"]
+            return [_without_namespaces(network, error)]
     else:
         with contextlib.suppress(OSError):  # unmapped, it cannot create files: a function may not need any
             Path("/proc/self/setgroups").write_text("deny")
@@ -112,6 +111,12 @@ def _separate(network: bool) -> list[str]:
     _continue_in_child()  # process 1 of the new namespace: when it ends the kernel ends all others in there
     _continue_in_child()  # process 2 works: signals have no default effect on process 1
     return []
+
+
+def _without_namespaces(network: bool, error: OSError) -> str:
+    open_ways = [] if network else ["UDP" if landlock.abi() >= landlock.ABI_WITH_TCP else "the network"]
+    left = " and ".join([*open_ways, "processes left over"])
+    return f"no namespaces here ({error.strerror}): {left} are up to the pod's own policies"
 
 
 def _continue_in_child() -> None:

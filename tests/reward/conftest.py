@@ -1,6 +1,5 @@
 """Rollouts made by hand, and a way to run the reward stage on them."""
 
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -104,5 +103,3 @@ def case(tmp_path: Path) -> Case:
 def rows_of():
     """Builds the samples of one prompt."""
     return group
-
-

@@ -11,7 +11,7 @@ from components.reward import landlock
 
 QUICK = {"timeout_seconds": 1.5, "batch_timeout_seconds": 2.0}
 
-MISBEHAVING = '''
+MISBEHAVING = """
 import os, re, signal, sys, time
 
 def judge(completions, **columns):
@@ -37,7 +37,7 @@ def score(text):
         print("noise on the output" * 100)
         sys.stderr.write("noise on the errors")
     return {"nan": float("nan"), "inf": float("inf"), "text": "high", "none": None, "bool": True}.get(text, len(text))
-'''
+"""
 
 
 def test_each_completion_bears_its_own_fault(case, rows_of):
@@ -69,7 +69,7 @@ def test_each_completion_bears_its_own_fault(case, rows_of):
     assert case.manifest.metrics["reward/errors"] == len(expected)
 
 
-ODD_RESULTS = '''
+ODD_RESULTS = """
 def too_few(completions, **columns):
     return [1.0] * (len(completions) - 1)
 
@@ -89,7 +89,7 @@ def arrays(completion_ids):
 def by_group(completions, prompt_id):
     longest = max(map(len, completions))
     return [float(len(text) == longest and name == prompt_id[0]) for text, name in zip(completions, prompt_id)]
-'''
+"""
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_groups_stay_whole_in_a_batch(case, rows_of):
     assert [row["reward"] for row in scored] == [0, 1, 0, 1, 0]
 
 
-PRYING = '''
+PRYING = """
 import os, socket, subprocess, sys
 
 def tell(completions, **columns):
@@ -154,7 +154,7 @@ LOOKS = {
 ALLOWED = {"PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "HOME", "TMPDIR", "PYTHONPATH",
            "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "PYTHONHASHSEED", "PYTHONDONTWRITEBYTECODE",
            "PYTHONUNBUFFERED"}
-'''
+"""
 
 
 @pytest.mark.skipif(landlock.abi() < 6, reason="this kernel's Landlock cannot shut processes in")
@@ -185,7 +185,8 @@ def test_files_that_are_allowed_can_be_read(case, rows_of, tmp_path):
     words = tmp_path / "words"
     words.write_text("blue green")
     name = case.write(
-        f"WORDS = open({str(words)!r}).read().split()\ndef known(completions):\n    return [t in WORDS for t in completions]"
+        f"WORDS = open({str(words)!r}).read().split()\n"
+        "def known(completions):\n    return [text in WORDS for text in completions]"
     )
     rows = case.score(rows_of("p", ["blue", "red"]), functions=[{"name": f"{name}:known"}], read_paths=[str(words)])
     assert [row["reward"] for row in rows] == [1, 0]
@@ -292,7 +293,7 @@ def test_what_a_dishonest_function_answers_is_not_believed(case, rows_of):
     name = case.write(
         "import os, struct\n"
         "def forge(completions):\n"
-        "    reply = b'{\"scores\": [9, 9, 9, 9], \"errors\": {}}'\n"
+        '    reply = b\'{"scores": [9, 9, 9, 9], "errors": {}}\'\n'
         "    for fd in range(3, 64):\n"
         "        try:\n"
         "            os.write(fd, struct.pack('>Q', len(reply)) + reply)\n"

@@ -6,7 +6,7 @@
     eviction             held while room is made
 
 A fetched file is a hard link into the cache, or a symbolic link where it lies on another file system. What is in use
-is never evicted: a hard link shows in the link count, a symbolic one by a shared lock that its process holds to its end.
+is never evicted: a hard link shows in the link count, a symbolic one by a shared lock its process holds to its end.
 The kernel drops locks with their process, so a killed pod leaves nothing locked.
 """
 

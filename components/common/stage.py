@@ -52,6 +52,7 @@ class Stage(Generic[S]):
         self._manifests = {role: self._load(paths) for role, paths in self.inputs.items()}
         self._published: dict[str, Manifest] = {}
         self.started = time.monotonic()
+        self.fetch_seconds = 0.0
 
     @staticmethod
     def _load(paths: Path | Sequence[Path]) -> list[Manifest]:
@@ -100,7 +101,11 @@ class Stage(Generic[S]):
         directory = self.work_dir / folder
         directory.mkdir(parents=True, exist_ok=True)
         source = self.store if manifest.store == self.store.url else open_store(manifest.store)
-        return artifacts.fetch(source, manifest, directory, names)
+        started = time.monotonic()
+        try:
+            return artifacts.fetch(source, manifest, directory, names)
+        finally:
+            self.fetch_seconds += time.monotonic() - started
 
     def publish(
         self,
@@ -118,6 +123,8 @@ class Stage(Generic[S]):
         """
         assert role in self.outputs, f"{self.name} has no output {role}"
         seconds = {"seconds": round(time.monotonic() - self.started, 3)}
+        if kind == "policy" and self.fetch_seconds:
+            metrics = {**(metrics or {}), "artifact/fetch_seconds": self.fetch_seconds}
         self._published[role] = artifacts.publish(
             self.store, self.context, name=self._name(role), kind=kind, files=files or {}, reuse=reuse,
             producer=self.producer, parents=self._parents(), iteration=self._iteration(),

@@ -22,10 +22,15 @@ class Policy:
         self.folder = fetch(open_store(manifest.store), manifest, Path(self._directory.name))
         self._model: Any = None
 
+    def get_raw_model(self) -> "Policy":
+        """What `mlflow.pyfunc`'s `get_raw_model()` gives: this object, for its `folder` and `manifest`."""
+        return self
+
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
         """Completions of prompts: a list of texts, or a table with the column `prompt`.
 
-        `params` go to `generate`; without any, up to 256 tokens are taken greedily.
+        `params` go to `generate`; without any, up to 256 tokens are taken greedily. MLflow passes none through its own
+        `predict`, since a manifest has no signature: use `get_raw_model().predict(prompts, {...})`.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -7,10 +7,11 @@ pieces the elements its own layout wants.
     optimizer.json                          Adam's step, number of ranks
     optimizer-00000-of-00002.safetensors    tensors `<kind>/<parameter>@<first element>`;
                                             kinds exp_avg, exp_avg_sq, master
+    critic-00000-of-00002.safetensors       the same of PPO's critic
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +24,11 @@ from components.common.errors import DataError
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"
 INDEX = "optimizer.json"
+CRITIC = "critic."
+"""Names of the critic's parameters begin so."""
+
+Masters = Callable[[str], bool]
+"""Of which parameters the float32 weights are stored or taken, by name."""
 
 
 @dataclass(frozen=True)
@@ -52,27 +58,31 @@ def save(
     *,
     rank: int,
     world_size: int,
-    master: bool,
+    masters: Masters,
     shared: bool,
 ) -> None:
     """Writes this rank's pieces; rank 0 writes the index too.
 
-    `master`: also the float32 weights themselves. `shared`: every rank has the same fragments (ZeRO 0), so they take
-    turns.
+    `masters`: of which parameters also the float32 weights. `shared`: every rank has the same fragments (ZeRO 0), so
+    they take turns.
     """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    tensors, step = {}, 0
+    files: dict[str, dict[str, Tensor]] = {"optimizer": {}}
+    step = 0
     for number, fragment in enumerate(fragments):
         state = optimizer.state.get(fragment.flat, {})
         step = int(state.get("step", step))
         if shared and number % world_size != rank:
             continue
-        kinds = {kind: state[kind] for kind in MOMENTS if kind in state} | ({MASTER: fragment.flat} if master else {})
+        kinds = {kind: state[kind] for kind in MOMENTS if kind in state}
+        kinds |= {MASTER: fragment.flat} if masters(fragment.name) else {}
+        tensors = files.setdefault("critic" if fragment.name.startswith(CRITIC) else "optimizer", {})
         for kind, tensor in kinds.items():
             tensors[f"{kind}/{fragment.name}@{fragment.start}"] = fragment.of(tensor).cpu().contiguous()
-    save_file(tensors, folder / f"optimizer-{rank:05d}-of-{world_size:05d}.safetensors")
+    for name, tensors in files.items():
+        save_file(tensors, folder / f"{name}-{rank:05d}-of-{world_size:05d}.safetensors")
     if rank == 0:
         (folder / INDEX).write_text(json.dumps({"format": 1, "step": step, "num_ranks": world_size}))
 
@@ -85,11 +95,11 @@ def load_masters(folder: Path, names: dict[Tensor, str]) -> None:
             pieces.read(MASTER, whole, parameter.view(-1))
 
 
-def restore(folder: Path, fragments: Iterable[Fragment], optimizer: torch.optim.Optimizer, *, master: bool) -> None:
+def restore(folder: Path, fragments: Iterable[Fragment], optimizer: torch.optim.Optimizer, masters: Masters) -> None:
     """Fills the state of this rank's fragments from the pieces of however many ranks wrote them.
 
     Raises:
-        DataError: the state is of another model, or `master` weights are wanted and there are none.
+        DataError: the state is of another model, or masters are wanted and there are none.
     """
     with Pieces(folder) as pieces:
         for fragment in fragments:
@@ -99,7 +109,7 @@ def restore(folder: Path, fragments: Iterable[Fragment], optimizer: torch.optim.
                 state |= {kind: torch.zeros_like(fragment.flat, requires_grad=False) for kind in MOMENTS}
             for kind in MOMENTS:
                 pieces.read(kind, fragment, fragment.of(state[kind]))
-            if master:
+            if masters(fragment.name):
                 pieces.read(MASTER, fragment, fragment.of(fragment.flat))
 
 
@@ -113,7 +123,7 @@ class Pieces:
             self.step = int(json.loads((folder / INDEX).read_text())["step"])
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"optimizer state has no usable {INDEX} ({error}); set carry_optimizer = false") from None
-        self.files = [safe_open(path, "pt") for path in sorted(folder.glob("optimizer-*.safetensors"))]
+        self.files = [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]
         self.places: dict[str, list[tuple[int, int, int]]] = {}
         for number, file in enumerate(self.files):
             for key in file.keys():  # noqa: SIM118 (not a mapping)

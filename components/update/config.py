@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from components.common.patched import DeltaSettings
 from components.common.settings import Settings
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -76,14 +77,14 @@ class UpdateSettings(Settings):
     """Divide advantages by the standard deviation of the group, of the whole batch, or not at all."""
     reward_combination: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     """With several reward functions: normalise their weighted sum, or each by itself and then add (GDPO)."""
-    reward_weights: dict[str, float] = {}
-    """Weight of each reward function under `normalize_then_sum`; a function not named has weight 1."""
     beta: float = Field(default=0.0, ge=0)
     """KL coefficient to the reference model; 0: no reference model is fetched or loaded."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of the KL divergence; k1 belongs in the reward, k2 and k3 in the loss."""
+    """Estimator of the KL divergence; k1 belongs in the reward, or in the loss with `kl_ratio`; k2, k3 in the loss."""
     kl_in: Literal["loss", "reward"] = "loss"
     """Where the KL penalty acts: differentiated in the loss, or subtracted from the reward."""
+    kl_ratio: bool = False
+    """Multiply the KL estimate in the loss by the probability ratio, which makes its gradient unbiased off-policy."""
     reference_every: int = Field(default=0, ge=0)
     """The reference becomes the present policy every so many iterations; 0: it stays the fine-tune's start policy."""
     correction: Literal["none", "token_truncate", "token_mask", "sequence_mask"] = "token_truncate"
@@ -156,6 +157,8 @@ class UpdateSettings(Settings):
     """Low-rank adapters."""
     ppo: PpoSettings = PpoSettings()
     """The critic of PPO."""
+    delta: DeltaSettings = DeltaSettings()
+    """Storing the policy as a patch of the one before."""
     health: HealthSettings = HealthSettings()
     """Limits that stop a run."""
 
@@ -169,8 +172,9 @@ class UpdateSettings(Settings):
     def _contradictions(self) -> list[tuple[bool, str]]:
         on_reward = self.kl_in == "reward"
         return [
-            (self.beta > 0 and not on_reward and self.kl_estimator == "k1",
-             "k1 has a gradient of mean zero in the loss; set kl_estimator = \"k3\" or kl_in = \"reward\""),
+            (self.beta > 0 and not on_reward and self.kl_estimator == "k1" and not self.kl_ratio,
+             "k1 alone has a gradient of mean zero in the loss; set kl_ratio = true, kl_estimator = \"k3\", or "
+             "kl_in = \"reward\""),
             (self.schedule != "constant" and self.schedule_steps <= self.warmup_steps,
              f"schedule = \"{self.schedule}\" needs schedule_steps above warmup_steps = {self.warmup_steps}, "
              f"got {self.schedule_steps}; count the optimizer steps of the whole fine-tune"),
@@ -185,6 +189,13 @@ class UpdateSettings(Settings):
              "health.max_kl needs the reference model; set beta above 0 (1e-6 hardly steers), or remove max_kl"),
             (self.algorithm == "ppo" and self.lora.rank > 0,
              "algorithm = \"ppo\" trains all weights; set lora.rank = 0"),
+            (self.algorithm == "ppo" and not (self.carry_optimizer and self.optimizer_every == 1),
+             "algorithm = \"ppo\" keeps its critic beside the optimizer state; leave carry_optimizer = true, "
+             "optimizer_every = 1"),
+            (self.algorithm == "ppo" and self.reward_combination != "sum_then_normalize",
+             "algorithm = \"ppo\" has one reward a completion; set reward_combination = \"sum_then_normalize\""),
+            (on_reward and self.beta > 0 and self.reward_combination != "sum_then_normalize",
+             "kl_in = \"reward\" takes the penalty from one total; set reward_combination = \"sum_then_normalize\""),
             (self.algorithm == "ppo" and self.loss_type == "gspo",
              "algorithm = \"ppo\" has an advantage a token, gspo a ratio a sequence; set loss_type = \"dapo\""),
             (self.lora.rank > 0 and self.zero_stage == 3,

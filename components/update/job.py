@@ -37,8 +37,12 @@ class Job(Settings):
     """What of `optimizer/` is taken over: `moments` leaves the float32 master weights out."""
     save_optimizer: bool
     """Write `next/optimizer/`."""
+    adapter: Literal["none", "fresh", "carried"] = "none"
+    """LoRA: train a fresh adapter, or go on with the one in `adapter/`."""
     merge: bool = False
-    """Write merged weights beside the adapter."""
+    """LoRA: write merged weights too."""
+    adapter_off_is_reference: bool = False
+    """LoRA: the base model is the reference, so none is loaded."""
 
 
 class Result(Settings):

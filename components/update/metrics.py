@@ -1,7 +1,17 @@
 """Figures of an update, gathered over micro-batches, optimizer steps and ranks, under the names TRL's users know."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
 from torch import Tensor
+
+from components.update.batching import Step
+
+if TYPE_CHECKING:
+    from components.update.engine import Engine
+    from components.update.train import Trainer
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12}
 """Dense bfloat16 operations a second, from the vendor's data sheets (SXM where there are several)."""
@@ -86,3 +96,35 @@ def peak_memory_bytes(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def speed_figures(
+    trainer: "Trainer", engine: "Engine", steps: Sequence[Step], *, training: float, setup: float
+) -> dict[str, float]:
+    """Tokens, seconds, memory, padding and, on a known GPU, model FLOP utilisation; the largest memory of any rank.
+
+    `training` and `setup` are the seconds of the optimizer steps, and of all before them.
+    """
+    lengths_S, device = trainer.batch.model_lengths, trainer.device
+    parts = [part for step in steps for rank in step.ranks for part in rank]
+    lengths = np.concatenate([lengths_S[part] for part in parts]) if parts else np.zeros(0)
+    tokens = float(lengths.sum())
+    cells = sum(_cells(lengths_S[part], trainer.padded) for part in parts)
+    memory = torch.tensor(float(peak_memory_bytes(device)), device=device)
+    torch.distributed.all_reduce(memory, op=torch.distributed.ReduceOp.MAX)
+    figures = {
+        "num_tokens": tokens, "num_steps": float(len(steps)), "step_time": training, "setup_time": setup,
+        "tokens_per_second": tokens / training, "padding_share": 1.0 - tokens / max(cells, 1),
+        "peak_memory_bytes": memory.item(),
+    }  # fmt: skip
+    peak, config = peak_flops(device), engine.model.policy.config
+    if peak is not None:
+        size = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.model.parameters())
+        flops = model_flops(size, config.num_hidden_layers, config.hidden_size, lengths.tolist(), passes=3.0)
+        figures["mfu"] = flops / training / peak / trainer.world_size
+    return figures
+
+
+def _cells(lengths: np.ndarray, padded: bool) -> int:
+    """Tokens a micro-batch computes; an idle one computes one."""
+    return max(int(lengths.max(initial=0)) * len(lengths) if padded else int(lengths.sum()), 1)

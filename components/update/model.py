@@ -162,8 +162,11 @@ def load_policy(directory: Path, *, dtype: torch.dtype, padded: bool, checkpoint
 
 
 def trainable(model: ScoringModel) -> dict[Tensor, str]:
-    """Parameters that train, and their names in the policy's files; a tied one has one name."""
-    return {parameter: name for name, parameter in model.policy.named_parameters() if parameter.requires_grad}
+    """Parameters that train, and their names in the policy's files; a tied one has one name, a critic's a prefix."""
+    named = [*model.policy.named_parameters()]
+    if hasattr(model, "critic"):
+        named += [(f"critic.{name}", parameter) for name, parameter in model.critic.named_parameters()]
+    return {parameter: name for name, parameter in named if parameter.requires_grad}
 
 
 @contextmanager

@@ -7,26 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WEIGHTS_INDEX = "model.safetensors.index.json"
 
-
-def is_weights(name: str) -> bool:
-    """Whether a policy's file holds weights; all others are carried over from policy to policy as they are."""
-    return (name.endswith(".safetensors") and "/" not in name) or name == WEIGHTS_INDEX
-
-
-def save(engine: Any, folder: Path, *, source: Path, dtype: str) -> None:
-    """Writes the weights as safetensors of `dtype`; every rank takes part, rank 0 writes.
-
-    Weights that `source` stores under the model's own names go to files laid out like the source's.
-    """
+def save(engine: Any, folder: Path, *, dtype: str) -> None:
+    """Writes the weights as safetensors of `dtype`, an adapter merged; every rank takes part, rank 0 writes."""
     weights = gather(engine, getattr(torch, dtype))
     if torch.distributed.get_rank() != 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
     engine.model.policy.save_pretrained(folder, state_dict=weights, max_shard_size="4GB")
     for path in folder.iterdir():
-        if not is_weights(path.name):
+        if ".safetensors" not in path.name:
             path.unlink()
 
 
@@ -34,7 +24,11 @@ def gather(engine: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     """All weights on the host, whole and each once, on rank 0; empty elsewhere."""
     import deepspeed
 
+    from components.update.lora import merged_weights
+
     model, first, found = engine.model.policy, torch.distributed.get_rank() == 0, {}
+    if hasattr(model, "peft_config"):
+        return merged_weights(model, dtype) if first else {}
     divided = engine.settings.zero_stage == 3
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=divided):

@@ -1,5 +1,6 @@
 """From rewards to advantages, and which completions reach the model."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,31 +11,41 @@ from components.update.config import UpdateSettings
 from components.update.shaping import overlong_penalty, scored_lengths
 
 
-def add_signal(
-    batch: Batch, settings: UpdateSettings, max_completion_length: int, kl_S: np.ndarray | None = None
-) -> tuple[Batch, dict[str, float]]:
-    """The batch with advantages, masks and what is dropped, and the figures about them.
+def shape_rewards(batch: Batch, settings: UpdateSettings, max_completion_length: int) -> Batch:
+    """The batch with over-length completions punished and truncated ones masked, as the settings say.
 
-    `kl_S`: summed KL of each completion, when it is part of the reward.
+    A total is lowered; where each reward function is normalised by itself, the punishment is a column of its own.
     """
     rewards_SR = batch.rewards
     if settings.overlong_buffer:
-        lengths_S = batch.completion_lengths
-        penalty_S = overlong_penalty(lengths_S, max_completion_length, settings.overlong_buffer)
-        rewards_SR = rewards_SR + settings.overlong_penalty * penalty_S[:, None] / rewards_SR.shape[1]
-    if kl_S is not None:
-        rewards_SR = rewards_SR - settings.beta * kl_S[:, None] / rewards_SR.shape[1]
-    found = group_advantages(
-        rewards_SR, batch.group, scale=settings.advantage_scale, baseline=settings.advantage_baseline,
-        combine=settings.reward_combination,
-    )  # fmt: skip
+        penalty_S = settings.overlong_penalty * overlong_penalty(
+            batch.completion_lengths, max_completion_length, settings.overlong_buffer
+        )
+        alone = rewards_SR.shape[1] == 1 and settings.reward_combination == "sum_then_normalize"
+        rewards_SR = rewards_SR + penalty_S[:, None] if alone else np.column_stack([rewards_SR, penalty_S])
     lengths_S = scored_lengths(batch.completion_lengths, batch.truncated, settings.mask_truncated)
-    keep_S = found.keep_S & (lengths_S > 0)
+    return replace(batch, rewards=rewards_SR, scored_lengths=lengths_S)
+
+
+def add_advantages(
+    batch: Batch, settings: UpdateSettings, weights_R: Sequence[float] = (), *, keep_all: bool = False
+) -> tuple[Batch, dict[str, float]]:
+    """The batch with its groups' advantages and with what has no signal dropped, and the figures about it.
+
+    `keep_all`: every completion with a reward reaches the model, for what depends on its log-probabilities.
+    """
+    extra = batch.rewards.shape[1] - len(weights_R)  # the over-length column
+    found = group_advantages(
+        batch.rewards, batch.group, scale=settings.advantage_scale, baseline=settings.advantage_baseline,
+        combine=settings.reward_combination, reward_weights=np.array([*weights_R, *[1.0] * extra]),
+    )  # fmt: skip
+    signal_S = ~np.isnan(found.rewards_S) if keep_all else found.keep_S
+    keep_S = signal_S & (batch.scored_lengths > 0)
     figures = {
         "frac_reward_zero_std": found.frac_reward_zero_std,
         "num_groups": float(len(found.zero_std_G)),
-        "num_groups_dropped": float(found.zero_std_G.sum()),
+        "num_groups_dropped": 0.0 if keep_all else float(found.zero_std_G.sum()),
         "num_completions": float(len(keep_S)),
         "num_completions_trained": float(keep_S.sum()),
     }
-    return replace(batch, advantages=found.advantages_S, scored_lengths=lengths_S, keep=keep_S), figures
+    return replace(batch, advantages=found.advantages_S, keep=keep_S), figures

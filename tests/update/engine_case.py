@@ -64,8 +64,8 @@ class Case:
     @property
     def context(self) -> RunContext:
         return validate(RunContext, {
-            "fine_tune": "case", "run": self.run_name, "store": self.store.url, "seed": 7, "iterations": self.iterations,
-            "staleness": self.staleness,
+            "fine_tune": "case", "run": self.run_name, "store": self.store.url, "seed": 7,
+            "iterations": self.iterations, "staleness": self.staleness,
         })  # fmt: skip
 
     def settings_text(self, **changes: Any) -> str:

@@ -58,7 +58,10 @@ def pods(objects: list[Object]) -> dict[str, Object]:
     for item in objects:
         if item["kind"] in POD_TEMPLATES:
             template = at(item, POD_TEMPLATES[item["kind"]])
-            found[f"{item['kind']}/{item['metadata']['name']}"] = {**template, "namespace": item["metadata"]["namespace"]}
+            found[f"{item['kind']}/{item['metadata']['name']}"] = {
+                **template,
+                "namespace": item["metadata"]["namespace"],
+            }
     return found
 
 

@@ -19,7 +19,16 @@ def test_pods_meet_pod_security_restricted(pods: dict[str, dict], containers: di
         assert context["runAsNonRoot"] is True and context["runAsUser"] > 0, name
         assert context["seccompProfile"]["type"] in ("RuntimeDefault", "Localhost"), name
         assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys(), name
-        allowed = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+        allowed = {
+            "configMap",
+            "csi",
+            "downwardAPI",
+            "emptyDir",
+            "ephemeral",
+            "persistentVolumeClaim",
+            "projected",
+            "secret",
+        }
         assert all(set(volume) - {"name"} <= allowed for volume in spec.get("volumes", [])), name
         assert not any("hostPort" in port for item in spec["containers"] for port in item.get("ports", [])), name
     for name, container in containers.items():
@@ -30,7 +39,9 @@ def test_pods_meet_pod_security_restricted(pods: dict[str, dict], containers: di
         assert "procMount" not in context, name
 
 
-def test_roots_are_read_only_and_every_writable_path_is_a_volume(pods: dict[str, dict], containers: dict[str, dict]) -> None:
+def test_roots_are_read_only_and_every_writable_path_is_a_volume(
+    pods: dict[str, dict], containers: dict[str, dict]
+) -> None:
     for name, container in containers.items():
         assert container["securityContext"]["readOnlyRootFilesystem"] is True, name
         mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
@@ -81,8 +92,11 @@ def test_servers_have_all_three_probes(objects: list[dict]) -> None:
 def test_services_reach_a_pod(objects: list[dict], pods: dict[str, dict]) -> None:
     for service in (item for item in objects if item["kind"] == "Service"):
         namespace, selector = service["metadata"]["namespace"], service["spec"]["selector"]
-        behind = [pod for pod in pods.values() if pod["namespace"] == namespace
-                  and selector.items() <= pod["metadata"]["labels"].items()]
+        behind = [
+            pod
+            for pod in pods.values()
+            if pod["namespace"] == namespace and selector.items() <= pod["metadata"]["labels"].items()
+        ]
         assert len(behind) == 1
         ports = {port["name"] for item in behind[0]["spec"]["containers"] for port in item.get("ports", [])}
         assert {port["targetPort"] for port in service["spec"]["ports"]} <= ports
@@ -154,13 +168,15 @@ def test_stages_and_their_rights_are_in_one_namespace(objects: list[dict], overl
 
 
 def test_our_namespaces_enforce_restricted(objects: list[dict], overlay: str) -> None:
-    namespaces = {item["metadata"]["name"]: item["metadata"]["labels"] for item in objects if item["kind"] == "Namespace"}
+    namespaces = {
+        item["metadata"]["name"]: item["metadata"]["labels"] for item in objects if item["kind"] == "Namespace"
+    }
     assert namespaces.keys() == ({"grpo-tracking", "grpo"} if overlay in ("profile", "gpu") else {"grpo-tracking"})
     assert all(labels["pod-security.kubernetes.io/enforce"] == "restricted" for labels in namespaces.values())
 
 
 def test_gpu_pools_are_selected_and_tolerated(pods: dict[str, dict], overlay: str) -> None:
-    """The kind and gpu overlays send a TrainJob's nodes to the update pool; the others leave placement to the cluster."""
+    """kind and gpu send a TrainJob's nodes to the update pool; the others leave placement to the cluster."""
     spec = pods["TrainingRuntime/grpo-update"]["spec"]
     if overlay in ("gpu", "kind"):
         assert spec["nodeSelector"] == {"grpo-pipeline/pool": "update"}
@@ -171,8 +187,10 @@ def test_gpu_pools_are_selected_and_tolerated(pods: dict[str, dict], overlay: st
 
 
 def test_queues_name_flavors_and_queues_that_exist(objects: list[dict], overlay: str) -> None:
-    by_kind = {kind: {item["metadata"]["name"]: item for item in objects if item["kind"] == kind}
-               for kind in ("ResourceFlavor", "ClusterQueue", "LocalQueue", "TrainingRuntime")}
+    by_kind = {
+        kind: {item["metadata"]["name"]: item for item in objects if item["kind"] == kind}
+        for kind in ("ResourceFlavor", "ClusterQueue", "LocalQueue", "TrainingRuntime")
+    }
     if overlay != "gpu":
         assert not by_kind["ClusterQueue"]
         return

@@ -48,7 +48,9 @@ def in_block(block: dict, address: str) -> bool:
 def admits(rule: dict, side: str, policy_namespace: str, other: Peer, protocol: str, port: int) -> bool:
     """One ingress or egress rule: does it cover this peer and this port?"""
     ports = rule.get("ports")
-    if ports is not None and not any(item.get("protocol", "TCP") == protocol and item["port"] == port for item in ports):
+    if ports is not None and not any(
+        item.get("protocol", "TCP") == protocol and item["port"] == port for item in ports
+    ):
         return False
     peers = rule.get(side)
     if peers is None:
@@ -72,22 +74,26 @@ def direction_open(policies: list[dict], direction: str, pod: Peer, other: Peer,
         return True
     side = {"Egress": "to", "Ingress": "from"}[direction]
     selecting = [
-        policy for policy in policies
-        if policy["metadata"]["namespace"] == pod.namespace and direction in policy["spec"]["policyTypes"]
+        policy
+        for policy in policies
+        if policy["metadata"]["namespace"] == pod.namespace
+        and direction in policy["spec"]["policyTypes"]
         and matches(policy["spec"]["podSelector"], pod.labels)
     ]
     if not selecting:
         return True
     return any(
         admits(rule, side, pod.namespace, other, protocol, port)
-        for policy in selecting for rule in policy["spec"].get(direction.lower(), [])
+        for policy in selecting
+        for rule in policy["spec"].get(direction.lower(), [])
     )
 
 
 def connects(policies: list[dict], source: Peer, target: Peer, port: int, protocol: str = "TCP") -> bool:
     """Whether a connection gets through."""
-    return (direction_open(policies, "Egress", source, target, protocol, port)
-            and direction_open(policies, "Ingress", target, source, protocol, port))
+    return direction_open(policies, "Egress", source, target, protocol, port) and direction_open(
+        policies, "Ingress", target, source, protocol, port
+    )
 
 
 @pytest.fixture(scope="session")
@@ -149,7 +155,13 @@ def test_nodes_of_an_update_reach_each_other_and_storage_only(policies: list[dic
     node = stage(runs, "update-node")
     assert connects(policies, node, node, 29400) and connects(policies, node, node, 51234)
     assert connects(policies, node, STORAGE, 8333) and connects(policies, node, DNS, 53, "UDP")
-    for target, port in [(API_SERVER, 443), (KFP, 8887), (MLFLOW, 5000), (INTERNET, 443), (stage(runs, "rollout"), 29400)]:
+    for target, port in [
+        (API_SERVER, 443),
+        (KFP, 8887),
+        (MLFLOW, 5000),
+        (INTERNET, 443),
+        (stage(runs, "rollout"), 29400),
+    ]:
         assert not connects(policies, node, target, port)
     assert not connects(policies, stage(runs, "reward"), node, 29400)
 
@@ -186,9 +198,12 @@ def test_the_evaluator_knows_the_documented_corner_cases() -> None:
     assert connects([], a, b, 1)
     assert not connects([policy(policyTypes=["Egress"])], a, b, 1)
     assert connects([policy(policyTypes=["Egress"], egress=[{}])], a, b, 1)
-    assert connects([policy(policyTypes=["Egress"], egress=[{"to": [{"podSelector": {"matchLabels": {"app": "b"}}}]}])], a, b, 7)
-    assert not connects([policy(policyTypes=["Egress"], egress=[{"to": [{"podSelector": {"matchLabels": {"app": "c"}}}]}])],
-                        a, b, 7)
+    assert connects(
+        [policy(policyTypes=["Egress"], egress=[{"to": [{"podSelector": {"matchLabels": {"app": "b"}}}]}])], a, b, 7
+    )
+    assert not connects(
+        [policy(policyTypes=["Egress"], egress=[{"to": [{"podSelector": {"matchLabels": {"app": "c"}}}]}])], a, b, 7
+    )
     assert not connects([policy(policyTypes=["Egress"], egress=[{"ports": [{"protocol": "TCP", "port": 2}]}])], a, b, 7)
     assert not connects([policy(policyTypes=["Ingress"])], a, b, 1)
     outside = {"to": [{"ipBlock": {"cidr": "0.0.0.0/0", "except": ["10.0.0.0/8"]}}]}

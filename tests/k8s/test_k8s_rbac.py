@@ -25,8 +25,11 @@ USES = {
 def grants(objects: list[dict]) -> set[tuple[str, str, str]]:
     return {
         (role["metadata"]["name"], resource, verb)
-        for role in objects if role["kind"] in ("Role", "ClusterRole")
-        for rule in role["rules"] for resource in rule["resources"] for verb in rule["verbs"]
+        for role in objects
+        if role["kind"] in ("Role", "ClusterRole")
+        for rule in role["rules"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
     }
 
 
@@ -59,5 +62,7 @@ def test_the_use_is_in_the_code(grant: tuple[str, str, str], use: tuple[str, str
 
 def test_both_of_kubeflows_accounts_are_bound(objects: list[dict]) -> None:
     """Standalone KFP runs stages as one, multi-user KFP as the other."""
-    (binding,) = [item for item in objects if item["kind"] == "RoleBinding" and item["metadata"]["name"] == "grpo-stages"]
+    (binding,) = [
+        item for item in objects if item["kind"] == "RoleBinding" and item["metadata"]["name"] == "grpo-stages"
+    ]
     assert {subject["name"] for subject in binding["subjects"]} == {"pipeline-runner", "default-editor"}

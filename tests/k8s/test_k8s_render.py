@@ -18,7 +18,7 @@ def test_every_overlay_is_rendered_from_the_present_sources(k8s: Path, overlay: 
     ]
     digest = hashlib.sha256("".join(lines).encode()).hexdigest()
     header = (k8s / "rendered" / f"{overlay}.yaml").read_text().splitlines()[1]
-    assert header == f"# sources: {digest}", "k8s/ changed since it was rendered: run k8s/render.sh and commit the result"
+    assert header == f"# sources: {digest}", "k8s/ changed since it was rendered: run k8s/render.sh"
 
 
 def test_rendered_objects_are_what_kustomize_builds(k8s: Path, overlay: str) -> None:

@@ -37,7 +37,12 @@ def test_kubernetes_accepts_every_object(k8s: Path, version: str) -> None:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_pod_templates_inside_custom_resources_are_pods(pods: dict[str, dict], version: str) -> None:
     template = pods["TrainingRuntime/grpo-update"]
-    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "node", **template["metadata"]}, "spec": template["spec"]}
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "node", **template["metadata"]},
+        "spec": template["spec"],
+    }
     kubernetes_validate.validate(pod, version, strict=True)
 
 
@@ -111,7 +116,7 @@ def definitions(folder: Path) -> dict[tuple[str, str], dict]:
 def test_custom_resources_meet_their_definitions(objects: list[dict]) -> None:
     folder = os.environ.get("GRPO_CRD_DIR")
     if not folder:
-        pytest.skip("no package carries Kueue's and PodDefault's schemas: run k8s/crds.sh FOLDER, set GRPO_CRD_DIR=FOLDER")
+        pytest.skip("no package carries Kueue's and PodDefault's schemas: k8s/crds.sh DIR, then GRPO_CRD_DIR=DIR")
     known = definitions(Path(folder))
     checked = 0
     for item in objects:
@@ -123,9 +128,20 @@ def test_custom_resources_meet_their_definitions(objects: list[dict]) -> None:
 
 def test_unknown_fields_of_a_custom_resource_are_refused() -> None:
     """The closing of a schema, on a definition small enough to read."""
-    schema = closed({"type": "object", "properties": {"spec": {"type": "object", "properties": {
-        "quota": {"x-kubernetes-int-or-string": True}, "labels": {"type": "object", "additionalProperties": {"type": "string"}},
-    }}}})
+    schema = closed(
+        {
+            "type": "object",
+            "properties": {
+                "spec": {
+                    "type": "object",
+                    "properties": {
+                        "quota": {"x-kubernetes-int-or-string": True},
+                        "labels": {"type": "object", "additionalProperties": {"type": "string"}},
+                    },
+                }
+            },
+        }
+    )
     jsonschema.validate({"spec": {"quota": "1Ti", "labels": {"any": "thing"}}}, schema)
     jsonschema.validate({"spec": {"quota": 8}}, schema)
     with pytest.raises(jsonschema.ValidationError, match="qouta"):

@@ -26,8 +26,10 @@ def parse(argument: str) -> tuple[str, str]:
     if name not in NAMES:
         raise SystemExit(f"lock.py: no image is called {name!r}; there are {', '.join(NAMES)}")
     if not REFERENCE.match(reference) or reference.endswith(":latest"):
-        raise SystemExit(f"lock.py: {reference!r} must be registry/repository@sha256:<64 digits> or registry/repository:tag"
-                         " (and not :latest, which changes under a running fine-tune)")  # fmt: skip
+        raise SystemExit(
+            f"lock.py: {reference!r} must be registry/repository@sha256:<64 digits> or registry/repository:tag,"
+            " and not :latest, which changes under a running fine-tune"
+        )
     return name, reference
 
 

@@ -70,7 +70,6 @@ for name in "${images[@]}"; do
   for argument in ${!own:-}; do
     arguments+=(--build-arg "$argument")
   done
-  # The OCI format keeps no per-image health check or shell; none is used.
   # shellcheck disable=SC2086 # BUILD_FLAGS is a list of words
   "$builder" build ${BUILD_FLAGS:-} "${arguments[@]}" --tag "$repository:$TAG" \
     --file "$context/images/$name.Dockerfile" "$context"

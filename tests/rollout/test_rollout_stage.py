@@ -1,0 +1,274 @@
+"""The whole stage: what it writes, which policy it accepts, how it goes on after a kill, what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from components.common.errors import DataError, DigestMismatch, HealthError, SettingsError, StageError
+from components.common.store import open_store
+from components.rollout.prompts import choose
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_one_job_samples_train_and_eval_prompts(make_job):
+    job = make_job()
+    manifest = job.run()
+    train, evaluation = job.table(manifest, "train"), job.table(manifest, "eval")
+    assert manifest.names == {"train.parquet", "eval.parquet"}
+    names = [f"train-{number}" for number in range(40)]
+    chosen = [names[row] for row in choose(names, seed=3, num_prompts=12, iteration=0)]
+    assert train.column("prompt_id").to_pylist() == [name for name in chosen for _ in range(3)]
+    assert train.column("sample_index").to_pylist() == [0, 1, 2] * 12
+    assert evaluation.column("prompt_id").to_pylist() == [f"eval-{number}" for number in range(7) for _ in range(2)]
+    assert train.column("answer").to_pylist() == [name.split("-")[1] for name in chosen for _ in range(3)]
+    policy = json.loads(job.policy.read_text())["digest"]
+    assert set(train.column("policy_digest").to_pylist()) == {policy}
+    rows = train.to_pylist()
+    assert all(len(row["completion_ids"]) == len(row["logprobs"]) for row in rows)
+    letters = "0123456789+-=abcdefghijklmnopq"
+    for row in rows:  # special tokens are left out of the text
+        assert row["completion"] == "".join(letters[token - 2] for token in row["completion_ids"] if token > 1)
+    assert len({row["seed"] for row in rows}) == len(rows)
+    lengths = [len(row["completion_ids"]) for row in rows]
+    clipped = Counter(row["finish_reason"] for row in rows)["length"] / len(rows)
+    assert manifest.metrics["completions/mean_length"] == pytest.approx(sum(lengths) / len(lengths))
+    assert manifest.metrics["completions/clipped_ratio"] == pytest.approx(clipped)
+    assert manifest.metrics["rollout/num_completions"] == 36
+    assert manifest.metadata["sampling"]["temperature"] == 1.0
+    assert manifest.metadata["proof"] == "bytes"
+
+
+def test_eval_prompts_are_sampled_when_due_and_the_last_policy_only_there(make_job):
+    job = make_job(iteration=None)  # the start policy of a fine-tune need not bear a number
+    kinds = [job.run(iteration=0, eval_every=3, out="0").names]
+    job = make_job(name="second", iteration=1)
+    kinds.append(job.run(iteration=1, eval_every=3, out="1").names)
+    job = make_job(name="third", iteration=4)
+    kinds.append(job.run(iteration=4, eval_every=3, out="4").names)
+    assert kinds == [{"train.parquet", "eval.parquet"}, {"train.parquet"}, {"eval.parquet"}]
+
+
+def test_shards_share_the_prompts_and_draw_what_one_job_draws(make_job):
+    whole = make_job(name="whole")
+    together = whole.table(whole.run(), "train").to_pylist()
+    apart = []
+    for shard in range(3):
+        job = make_job(name=f"shard{shard}", shards=3)
+        apart += job.table(job.run(shard=shard), "train").to_pylist()
+    by_key = {(row["prompt_id"], row["sample_index"]): row for row in apart}
+    assert len(apart) == len(by_key) == len(together)
+    for row in together:
+        other = by_key[row["prompt_id"], row["sample_index"]]
+        assert other["completion_ids"] == row["completion_ids"]
+        assert other["logprobs"] == pytest.approx(row["logprobs"], abs=1e-5)
+
+
+LONG = {"num_prompts": 120, "group_size": 2, "max_completion_length": 60, "batch_size": 8, "save_every_seconds": 0}
+
+
+def spawn(job, **changes) -> subprocess.Popen:
+    """Starts the stage as a process of its own."""
+    command = [sys.executable, "-m", "components.rollout"]
+    for name, value in job.arguments(**changes).items():
+        command += ["--" + name, str(value)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def saved_parts(job) -> list[str]:
+    """Keys of saved groups in a job's store."""
+    return [stat.key for stat in open_store(job.context.store).list("partial/")]
+
+
+def wait_for_parts(job, child: subprocess.Popen, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(saved_parts(job)) < count:
+        assert child.poll() is None, child.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def one_thread():
+    """Sums in the order a process with OMP_NUM_THREADS=1 has."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_killed_rollout_goes_on_and_ends_bit_for_bit_as_if_never_killed(make_job, one_thread):
+    undisturbed = make_job(name="undisturbed", num_train=120).run(**LONG)
+    job = make_job(name="killed", num_train=120)
+    child = spawn(job, **LONG)
+    wait_for_parts(job, child, 3)
+    child.kill()
+    child.communicate()
+    finished_then = len(saved_parts(job))
+    assert 3 <= finished_then < 28, "killed too late to show anything"
+    assert not (job.folder / "completions.json").exists()
+    resumed = job.run(**LONG)
+    assert resumed.digest == undisturbed.digest
+    assert saved_parts(job) == []
+
+
+def test_sigterm_saves_what_is_finished_and_says_so(make_job, one_thread):
+    job = make_job(num_train=120)
+    settings = LONG | {"save_every_seconds": 3600}  # nothing would be saved by the clock
+    child = spawn(job, **settings, progress_every_seconds=0.001)
+    for line in child.stdout:
+        if "tokens_per_second" in line:
+            break
+    child.send_signal(signal.SIGTERM)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 2
+    assert "told to end (SIGTERM): finished groups are saved" in errors
+    assert len(saved_parts(job)) == 1
+    undisturbed = make_job(name="undisturbed", num_train=120).run(**settings)
+    assert job.run(**settings, progress_every_seconds=0.001).digest == undisturbed.digest
+
+
+def test_cut_and_foreign_parts_are_dropped_and_drawn_again(make_job, one_thread, monkeypatch):
+    undisturbed = make_job(name="undisturbed", num_train=120).run(**LONG)
+    job = make_job(name="stopped", num_train=120)
+
+    def stop(self, done, total, **figures):
+        if done > 60:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("components.common.stage.Stage.progress", stop)
+        job.run(**LONG, progress_every_seconds=1e-6)
+    store = open_store(job.context.store)
+    first, second, *others = saved_parts(job)
+    assert others
+    store.put_bytes(store.get_bytes(first)[:-40], first)
+    store.put_bytes(b"PAR1", second)
+    assert job.run(**LONG, progress_every_seconds=1e-6).digest == undisturbed.digest
+
+
+def test_a_swapped_weight_file_is_caught(make_job, policy_dir, monkeypatch, tmp_path):
+    """The fetch is right and the file is exchanged behind its back, as a node's shared cache could do."""
+    from components.common.stage import Stage
+
+    from .conftest import make_policy
+
+    other = make_policy(tmp_path / "other", seed=1)
+    fetch = Stage.fetch
+
+    def fetch_then_swap(self, role, names=None):
+        folder = fetch(self, role, names)
+        if role == "policy":
+            (folder / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
+        return folder
+
+    monkeypatch.setattr(Stage, "fetch", fetch_then_swap)
+    with pytest.raises(DigestMismatch, match=r"the engine loaded another model\.safetensors than the policy's"):
+        make_job().run()
+
+
+@pytest.mark.parametrize(("iteration", "staleness", "accepted"), [
+    (2, 0, True), (1, 0, False), (3, 0, False), (1, 1, True), (2, 1, True), (0, 1, False),
+])  # fmt: skip
+def test_a_policy_of_another_iteration_is_refused(make_job, iteration, staleness, accepted):
+    job = make_job(iteration=iteration, staleness=staleness)
+    if accepted:
+        assert job.run(iteration=2).metrics["rollout/staleness"] == 2 - iteration
+    else:
+        with pytest.raises(StageError, match=f"iteration 2 was given the policy of iteration {iteration}"):
+            job.run(iteration=2)
+
+
+def test_nan_logits_stop_the_iteration(make_job, policy_dir, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in policy_dir.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    weights["model.embed_tokens.weight"][:] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(HealthError, match=r"50 of 50 samples could not be drawn; the first: .*logits are NaN"):
+        make_job(broken).run()
+
+
+def test_failed_samples_within_the_limit_are_recorded_not_dropped(make_job, policy_dir, tmp_path):
+    """A NaN row in the embedding breaks exactly the samples whose prompt holds that token."""
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in policy_dir.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    config = json.loads((broken / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (broken / "config.json").write_text(json.dumps(config))
+    weights = load_file(broken / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["model.embed_tokens.weight"][20] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    job = make_job(broken)
+    manifest = job.run(max_failed_share=1.0)
+    rows = job.table(manifest, "train").to_pylist()
+    assert len(rows) == 36
+    held = [20 in row["prompt_ids"] for row in rows]
+    assert any(held)
+    for row, holds in zip(rows, held, strict=True):
+        if holds:
+            assert row["finish_reason"] == "error"
+        if row["finish_reason"] == "error":
+            assert (row["completion_ids"], row["logprobs"], row["completion"]) == ([], [], "")
+    failed = sum(row["finish_reason"] == "error" for row in rows)
+    assert 0 < failed < 36
+    assert manifest.metrics["rollout/num_failed"] == failed
+
+
+def test_prompts_over_the_context_are_refused_before_an_engine_starts(make_job):
+    with pytest.raises(DataError, match=r"the model's context is 128: set dataset.max_prompt_length to 4 or less"):
+        make_job().run(max_completion_length=124)
+
+
+def test_prompts_of_another_tokenizer_are_refused(make_job, policy_dir, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    for path in policy_dir.iterdir():
+        (small / path.name).write_bytes(path.read_bytes())
+    config = json.loads((small / "config.json").read_text()) | {"vocab_size": 20}
+    (small / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match="the policy's vocabulary has 20: the prompts were made with another tokenizer"):
+        make_job(small).run()
+
+
+def test_every_completion_cut_warns_with_the_setting_to_raise(make_job, monkeypatch):
+    lines = []
+    monkeypatch.setattr("components.rollout.report.log.warning", lambda text, *values: lines.append(text % values))
+    make_job().run(max_completion_length=1, stop_token_ids=[])
+    assert [line for line in lines if "raise rollout.max_completion_length" in line]
+
+
+def test_vllm_where_it_is_not_installed_is_refused_with_the_way_out(make_job):
+    with pytest.raises(SettingsError, match=r"name an interpreter that has it in rollout\.python"):
+        make_job().run(engine="vllm")
+
+
+def test_an_interpreter_that_is_not_there_is_refused(make_job):
+    with pytest.raises(SettingsError, match=r"rollout\.python = '/no/python' is not an interpreter"):
+        make_job().run(python="/no/python")
+
+
+def test_the_same_job_is_not_run_twice(make_job):
+    job = make_job()
+    first = job.run()
+    assert job.run(out="again") == first

@@ -17,14 +17,8 @@ HEADERS = ("pyarrow/include", "pyarrow/src", "numpy/_core/include", "numpy/core/
 AWS_SERVICES = {"s3", "sts", "sso", "sso-oidc", "signin"}
 """What the object store and its credential providers call; botocore carries a model of each of some 400 services."""
 
-SUPERSEDED_ARROW = (
-    "libarrow_flight.so*",
-    "libarrow_python_flight.so*",
-    "libarrow_substrait.so*",
-    "_flight.*.so",
-    "_substrait.*.so",
-)
-"""Arrow's network server and query-plan exchange: Parquet and datasets load without them."""
+ARROW_SERVER = ("libarrow_flight.so*", "libarrow_python_flight.so*", "_flight.*.so")
+"""Arrow's network server; Parquet and datasets load without it."""
 
 
 def unwanted(site: Path) -> list[Path]:
@@ -32,7 +26,7 @@ def unwanted(site: Path) -> list[Path]:
     found = [path for name in TEST_PACKAGES for path in (site / name).rglob("tests") if path.is_dir()]
     found += [site / name for name in HEADERS]
     found += (site / "pyarrow").glob("*.pxd")
-    found += [path for pattern in SUPERSEDED_ARROW for path in (site / "pyarrow").glob(pattern)]
+    found += [path for pattern in ARROW_SERVER for path in (site / "pyarrow").glob(pattern)]
     found += [path for path in (site / "botocore/data").glob("*/") if path.name not in AWS_SERVICES]
     found += list(site.rglob("*.a"))
     return sorted({path for path in found if path.exists()})

@@ -52,9 +52,16 @@ def save(records: Sequence[Record], path: Path) -> Path:
 
 
 def extend(records: Sequence[Record], record: Record) -> list[Record]:
-    """The history with `record`, in the order of iterations; one of the same iteration is replaced (a run begins with
-    the policy the run before ended with, and evaluates it again)."""
+    """The history with `record`, in the order of iterations.
+
+    A run begins with the policy the run before ended with and evaluates it again: of the same policy the new figures
+    count and the others stay, of another policy the old record is dropped.
+    """
     kept = [old for old in records if old.iteration != record.iteration]
+    for old in records:
+        if (old.iteration, old.policy) == (record.iteration, record.policy):
+            changes = {"run": old.run, "metrics": old.metrics | record.metrics, "seconds": old.seconds | record.seconds}
+            record = record.model_copy(update=changes)
     return sorted([*kept, record], key=lambda one: one.iteration)
 
 

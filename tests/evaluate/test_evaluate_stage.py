@@ -104,8 +104,21 @@ def test_the_next_run_evaluates_its_first_policy_anew_without_a_second_record(ma
     held_out = {"a": [sample("12", True)] * 2, "b": [sample("7", False)] * 2}
     third = other.evaluate(1, other.policy(1), other.scored(1, eval=held_out), second.path)
     records = third.json("history.json")["records"]
-    assert [(record["iteration"], record["run"]) for record in records] == [(0, "run-1"), (1, "run-2")]
+    assert [(record["iteration"], record["run"]) for record in records] == [(0, "run-1"), (1, "run-1")]
+    assert (records[1]["metrics"]["eval/pass@1"], records[1]["metrics"]["kl"]) == (0.5, 0.01)
     assert third.manifest.metrics["eval/pass@1_gain"] == pytest.approx(0.25)
+
+
+def test_another_policy_of_the_same_iteration_takes_the_place(make_story, sample, two_iterations):
+    first, _ = two_iterations
+    other = make_story(run="run-2")
+    branch = other.evaluate(
+        1, other.policy(1, "branch"), other.scored(1, eval={"a": [sample("12", True)] * 2}), first.path
+    )
+    again = other.evaluate(2, other.policy(2), other.scored(2, train={"a": [sample("1", True)] * 2}), branch.path)
+    records = again.json("history.json")["records"]
+    assert [(record["iteration"], record["run"]) for record in records] == [(0, "run-1"), (1, "run-2"), (2, "run-2")]
+    assert "kl" not in records[1]["metrics"]
 
 
 def test_other_held_out_prompts_are_not_paired(make_story, sample, two_iterations, caplog):

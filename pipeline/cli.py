@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from components.common.errors import GrpoError
+from pipeline import cli_cluster
+from pipeline.options import Overrides, SettingsFile
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -16,11 +18,6 @@ app = typer.Typer(
     help="Fine-tune language models with GRPO: on this machine, or on Kubernetes through Kubeflow Pipelines.",
 )
 
-SettingsFile = Annotated[Path, typer.Argument(help="Settings file (TOML); `grpo init DIR` writes one.", metavar="FILE")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Override a setting: `update.learning_rate=2e-6`; repeatable."),
-]
 Run = Annotated[
     str | None, typer.Argument(help="`fine-tune/run-0001`, a fine-tune (its newest run), or nothing (the newest).")
 ]
@@ -118,6 +115,9 @@ def report(run: Run = None) -> None:
     from pipeline.runs import find_run
 
     print(export_report(find_run(run).path).path)
+
+
+app.registered_commands += cli_cluster.app.registered_commands
 
 
 def main() -> None:

@@ -17,8 +17,10 @@ MAX_TASKS = 100
 node status and offloads it where that is set up, so this is a budget, not a guarantee (docs/operations.md)."""
 
 
-def compile_to(settings: PipelineSettings, output: Path) -> int:
+def compile_to(settings: PipelineSettings, output: Path, *, remaining: int = 0) -> int:
     """Writes the IR of these settings to `output`, whole or not at all; gives the number of tasks.
+
+    With `remaining` iterations for later runs, the run's last task submits the next one.
 
     Raises:
         SettingsError: more tasks than one run holds; the message says how many iterations fit.
@@ -27,15 +29,15 @@ def compile_to(settings: PipelineSettings, output: Path) -> int:
 
     from pipeline.graph import build
 
-    tasks = task_count(settings)
+    tasks = task_count(settings) + bool(remaining)
     if tasks > MAX_TASKS:
         raise SettingsError(
             f"iterations: {settings.iterations} make {tasks} tasks, one run holds {MAX_TASKS}; "
-            f"{iterations_that_fit(settings)} iterations fit"
+            f"{iterations_that_fit(settings)} iterations fit; `grpo submit` makes a chain of runs of the rest"
         )
     with tempfile.TemporaryDirectory(dir=output.resolve().parent) as folder:
         draft = Path(folder) / "pipeline.yaml"
-        compiler.Compiler().compile(build(settings, on_cluster=True), str(draft))
+        compiler.Compiler().compile(build(settings, on_cluster=True, remaining=remaining), str(draft))
         documents = list(yaml.safe_load_all(draft.read_text()))
         _add_choices(documents[0])
         draft.write_text(yaml.dump_all(documents, sort_keys=False))
@@ -58,7 +60,7 @@ def task_count(settings: PipelineSettings) -> int:
 def iterations_that_fit(settings: PipelineSettings) -> int:
     """Most iterations one run of these settings holds."""
     each = tasks_per_iteration(settings)
-    return max(1, (MAX_TASKS - 3 - (each - 1)) // each)
+    return max(1, (MAX_TASKS - 4 - (each - 1)) // each)  # 4: configure, dataset, publish, submit next
 
 
 def _add_choices(ir: dict[str, Any]) -> None:

@@ -9,28 +9,33 @@ KFP has no loop, so the iterations are unrolled when the graph is built.
 import inspect
 from typing import Any
 
-from components.dataset.component import dataset
-from components.publish.component import publish
-from components.update.component import update
 from kfp import dsl
 
 from components.configure.component import configure
 from components.configure.config import RunSettings
 from components.configure.form import form_fields
+from components.dataset.component import dataset
 from components.evaluate.component import evaluate
+from components.publish.component import publish
 from components.reward.component import reward, reward_shards
 from components.rollout.component import rollout
+from components.update.component import update
 from pipeline import resources
-from pipeline.images import image_of
+from pipeline.chain import submit_next
+from pipeline.images import image_of, pinned
 from pipeline.settings import PipelineSettings
 
 
-def build(settings: PipelineSettings, *, on_cluster: bool) -> Any:
+def build(settings: PipelineSettings, *, on_cluster: bool, remaining: int = 0) -> Any:
     """The KFP pipeline of these settings; its parameters are the settings' form, its defaults their values.
+
+    With `remaining` iterations for later runs, a last task submits the next one.
 
     Raises:
         SettingsError: on a cluster, when a stage has no image.
     """
+    if on_cluster:
+        settings = settings.model_copy(update={"cluster": pinned(settings.cluster)})
     values = settings.model_dump(mode="json")
     fields = list(form_fields(RunSettings))
     parameters = [inspect.Parameter("run", inspect.Parameter.POSITIONAL_OR_KEYWORD, default="", annotation=str)]
@@ -43,7 +48,8 @@ def build(settings: PipelineSettings, *, on_cluster: bool) -> Any:
 
     def graph(*arguments: Any) -> None:
         run, *form = arguments
-        _Graph(settings, run, dict(zip((field.name for field in fields), form, strict=True)), on_cluster).draw()
+        values = dict(zip((field.name for field in fields), form, strict=True))
+        _Graph(settings, run, values, on_cluster, remaining).draw()
 
     graph.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     graph.__doc__ = _description(settings, fields)
@@ -59,8 +65,11 @@ def _description(settings: PipelineSettings, fields: list[Any]) -> str:
 class _Graph:
     """Draws the tasks of one run."""
 
-    def __init__(self, settings: PipelineSettings, run: Any, form: dict[str, Any], on_cluster: bool) -> None:
+    def __init__(
+        self, settings: PipelineSettings, run: Any, form: dict[str, Any], on_cluster: bool, remaining: int
+    ) -> None:
         self.settings = settings
+        self.remaining = remaining
         self.on_cluster = on_cluster
         self.run = run
         self.form = form
@@ -84,11 +93,18 @@ class _Graph:
         history = self._evaluate(self.settings.iterations, policies[-1], scored, history)
         decision = publish(settings=begin.outputs["publish_settings"], policy=policies[-1], evaluation=history)
         self._name(decision, "publish")
+        if self.remaining:
+            self._submit_next(decision.outputs["decision"])
 
     def _configure(self) -> Any:
-        base = self.settings.model_dump_json(include=set(type(self.settings).model_fields) - {"cluster"})
         return self._name(
-            configure(settings=base, run=self.run, job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER, **self.form), "configure"
+            configure(
+                settings=self.settings.model_dump_json(),
+                run=self.run,
+                job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+                **self.form,
+            ),
+            "configure",
         )
 
     def _sample_and_score(self, iteration: int, policy: Any) -> Any:
@@ -132,9 +148,18 @@ class _Graph:
         )
         return self._name(task, f"evaluate {iteration}").outputs["evaluation"]
 
-    def _name(self, task: Any, name: str) -> Any:
+    def _submit_next(self, decision: Any) -> None:
+        task = submit_next(
+            settings=self.begin.outputs["run_settings"],
+            cluster=self.settings.cluster.model_dump_json(),
+            remaining=self.remaining,
+            decision=decision,
+        )
+        self._name(task, "publish", display_name="submit next")
+
+    def _name(self, task: Any, name: str, *, display_name: str | None = None) -> Any:
         """Named in the UI's graph. Results are reused by our own keys, which check that the bytes are still there."""
-        task.set_display_name(name)
+        task.set_display_name(display_name or name)
         task.set_caching_options(False)
         if self.on_cluster:
             stage = name.split()[0]

@@ -4,11 +4,21 @@ import json
 from pathlib import Path
 
 from components.common.errors import SettingsError
-from pipeline.resources import ClusterSettings
+from pipeline.resources import STAGES, ClusterSettings
 
 IMAGE_OF = {"rollout": "rollout", "update": "update"}
 """Stages with an image of their own; the others share `cpu`."""
 LOCK = Path(__file__).parents[1] / "images" / "lock.json"
+
+
+def pinned(cluster: ClusterSettings) -> ClusterSettings:
+    """The same settings with every stage's image named: what travels to where there is no lock file.
+
+    Raises:
+        SettingsError: a stage has none.
+    """
+    pods = {stage: cluster.stage(stage).model_copy(update={"image": image_of(stage, cluster)}) for stage in STAGES}
+    return cluster.model_copy(update=pods)
 
 
 def image_of(stage: str, cluster: ClusterSettings) -> str:

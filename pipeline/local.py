@@ -112,7 +112,9 @@ def _reason(run: RunDir, events: list[dict[str, Any]]) -> str:
     killed = [task for task in open_tasks if task not in ended]
     if killed:
         return f"{killed[-1]} was killed\n  its log: {run.path / 'logs' / killed[-1]}.log"
-    errors = re.findall(r"^\s*([\w.]*(?:Error|Exception): .+)$", run.pipeline_log.read_text(errors="replace"), re.MULTILINE)
+    errors = re.findall(
+        r"^\s*([\w.]*(?:Error|Exception): .+)$", run.pipeline_log.read_text(errors="replace"), re.MULTILINE
+    )
     told = [line for line in errors if "Inner task failed" not in line] or errors or ["for a reason it did not tell"]
     return f"the pipeline could not run: {told[-1]}\n  its log: {run.pipeline_log}"
 

@@ -1,6 +1,6 @@
 """Generated documents: the settings reference and the picture of the pipeline. `make docs` writes them.
 
-    python -m pipeline.reference [FOLDER]
+python -m pipeline.reference [FOLDER]
 """
 
 import json

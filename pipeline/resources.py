@@ -97,6 +97,7 @@ class StageResources(Settings):
     """Environment variables."""
 
 
+STAGES = ("configure", "dataset", "rollout", "reward", "update", "evaluate", "publish")
 CPU_STAGE = StageResources()
 GPU_STAGE = StageResources(cpu="8", memory="64Gi", gpus=1, shm="16Gi", scratch="100Gi")
 

@@ -1,10 +1,10 @@
 """Run directories of local runs: `runs/<fine-tune>/<run>/`.
 
-    settings.json   the settings the run was started with
-    events.jsonl    what its stages told (components.common.events)
-    logs/           one file a task, and pipeline.log
-    kfp/            what Kubeflow Pipelines keeps of the tasks
-    state.json      how it ended: done, failed or interrupted; absent while it goes on
+settings.json   the settings the run was started with
+events.jsonl    what its stages told (components.common.events)
+logs/           one file a task, and pipeline.log
+kfp/            what Kubeflow Pipelines keeps of the tasks
+state.json      how it ended: done, failed or interrupted; absent while it goes on
 """
 
 import fcntl

@@ -20,10 +20,10 @@ _MANIFESTS = ("policy", "optimizer", "reference", "history")
 def _source(fields: list[FormField]) -> str:
     inputs = ["settings: str", "run: str", "job_id: str", *(f"{field.name}: {field.kind.__name__}" for field in fields)]
     outputs = [f"{name}: dsl.Output[dsl.Artifact]" for name in _MANIFESTS]
-    outputs += [f"{name}_settings: dsl.OutputPath(str)" for name in STAGE_SECTIONS]
+    outputs += [f"{name}_settings: dsl.OutputPath(str)" for name in (*STAGE_SECTIONS, "run")]
     parameters = ", ".join(f"{json.dumps(field.dotted)}: {field.name}" for field in fields)
     paths = [f"{name}={name}.path" for name in _MANIFESTS]
-    paths += [f"{name}_settings={name}_settings" for name in STAGE_SECTIONS]
+    paths += [f"{name}_settings={name}_settings" for name in (*STAGE_SECTIONS, "run")]
     return "\n".join([
         f"def configure({', '.join(inputs + outputs)}):",
         '    """Checks the settings and resolves them a stage; publishes the start policy."""',

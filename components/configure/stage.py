@@ -31,16 +31,18 @@ def run(
     update_settings: Path,
     evaluate_settings: Path,
     publish_settings: Path,
+    run_settings: Path,
 ) -> None:
     """Checks the run's settings and resolves them a stage; publishes the start policy.
 
-    settings: the run's settings as JSON, as the pipeline was compiled with.
+    settings: the settings file as JSON, as the pipeline was compiled with; `cluster` is for the pipeline alone.
     parameters: JSON object, dotted setting name -> value, laid over them.
     run: name of the run; blank: job_id.
     policy, optimizer, reference, history: manifests written; optimizer and history have no files at a fresh start.
-    *_settings: files that get each stage's settings as JSON.
+    *_settings: files that get each stage's settings as JSON; run_settings: all of the run's, resolved.
     """
-    resolved = validate(RunSettings, merge(json.loads(settings), nest(json.loads(parameters), RunSettings)))
+    given = {section: value for section, value in json.loads(settings).items() if section != "cluster"}
+    resolved = validate(RunSettings, merge(given, nest(json.loads(parameters), RunSettings)))
     name = (run or job_id).lower()
     store = open_store(resolved.store)
     begin = _find_start(resolved, store, name)
@@ -56,6 +58,7 @@ def run(
     for section, path in zip(STAGE_SECTIONS, files, strict=True):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(dump_stage(context, getattr(resolved, section)))
+    Path(run_settings).write_text(resolved.model_dump_json())
 
 
 def _filled_in(settings: RunSettings) -> RunSettings:
@@ -75,6 +78,7 @@ def _find_start(settings: RunSettings, store: Any, name: str) -> start.Start | N
 
 def _publish(stage: Stage[RunSettings], begin: start.Start | None) -> None:
     settings = stage.settings
+    told = {"settings": settings.model_dump(mode="json")}  # evaluate and publish log them as params
     if begin is None:
         files = start.model_files(settings.model, stage.work_dir)
         metadata = start.describe(files) | {"model": settings.model}
@@ -83,7 +87,7 @@ def _publish(stage: Stage[RunSettings], begin: start.Start | None) -> None:
         policy = stage.publish("policy", kind="policy", files=files, metadata=metadata)
         stage.publish("reference", kind="policy", reuse=policy.files, metadata=metadata)
         stage.publish("optimizer", kind="optimizer")
-        stage.publish("history", kind="evaluation")
+        stage.publish("history", kind="evaluation", metadata=told)
         return
     metadata = begin.policy.metadata
     _check_context(settings, metadata)
@@ -95,7 +99,7 @@ def _publish(stage: Stage[RunSettings], begin: start.Start | None) -> None:
     stage.publish("optimizer", kind="optimizer", reuse=optimizer.files if optimizer else (),
                   metadata=optimizer.metadata if optimizer else {})  # fmt: skip
     stage.publish("history", kind="evaluation", reuse=history.files if history else (),
-                  metadata=history.metadata if history else {})  # fmt: skip
+                  metadata=(history.metadata if history else {}) | told)  # fmt: skip
 
 
 def _check_context(settings: RunSettings, model: dict[str, Any]) -> None:
@@ -106,5 +110,3 @@ def _check_context(settings: RunSettings, model: dict[str, Any]) -> None:
             f"dataset.max_prompt_length = {prompt} and rollout.max_completion_length = {completion} exceed the model's "
             f"context of {context} tokens; lower one of them by {prompt + completion - context}"
         )
-
-

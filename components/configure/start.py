@@ -105,9 +105,14 @@ def latest(store: Store, fine_tune: str, *, but_run: str) -> Start:
     found = [key for key in _policy_keys(store, fine_tune) if key.split("/")[2] != but_run]
     policies = [Manifest.parse(store.get_bytes(key), where=key) for key in found]
     if not policies:
-        raise ArtifactNotFound(f"fine-tune {fine_tune} has no checkpoint to go on from; use start_from = \"base\"")
+        raise ArtifactNotFound(f'fine-tune {fine_tune} has no checkpoint to go on from; use start_from = "base"')
     newest = max(policies, key=lambda manifest: (manifest.created, manifest.iteration or 0))
     return start_at(store, newest)
+
+
+def policy_iterations(store: Store, fine_tune: str, run: str) -> list[int]:
+    """Iterations of the policies that a run has published."""
+    return [int(key.split("/")[3]) for key in _policy_keys(store, fine_tune) if key.split("/")[2] == run]
 
 
 def champion(store: Store, fine_tune: str) -> Start:
@@ -120,7 +125,7 @@ def champion(store: Store, fine_tune: str) -> Start:
     try:
         pointer = json.loads(store.get_bytes(key))
     except ArtifactNotFound:
-        raise ArtifactNotFound(f"fine-tune {fine_tune} has no champion yet; use start_from = \"base\"") from None
+        raise ArtifactNotFound(f'fine-tune {fine_tune} has no champion yet; use start_from = "base"') from None
     policy = Manifest.parse(store.get_bytes(pointer["manifest"]), where=pointer["manifest"])
     return start_at(store, policy, with_optimizer=False)
 

@@ -24,8 +24,15 @@ def configure(tmp_path, tiny_model):
             "rollout": {"max_completion_length": 16},
         } | changes  # fmt: skip
         paths = {role: tmp_path / name / f"{role}.json" for role in OUTPUTS}
-        texts = {f"{section}_settings": tmp_path / name / section for section in STAGE_SECTIONS}
-        run(settings=json.dumps(settings), parameters=json.dumps(parameters or {}), run=name, job_id="x", **paths, **texts)
+        texts = {f"{section}_settings": tmp_path / name / section for section in (*STAGE_SECTIONS, "run")}
+        run(
+            settings=json.dumps(settings),
+            parameters=json.dumps(parameters or {}),
+            run=name,
+            job_id="x",
+            **paths,
+            **texts,
+        )
         return paths, texts
 
     return call

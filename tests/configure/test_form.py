@@ -8,7 +8,12 @@ from components.common.settings import validate
 from components.configure.config import RunSettings
 from components.configure.form import form_fields, merge, nest
 
-VALUES = {"fine_tune": "f", "model": "m", "dataset": {"source": "gsm8k"}, "reward": {"functions": [{"name": "numeric_match"}]}}
+VALUES = {
+    "fine_tune": "f",
+    "model": "m",
+    "dataset": {"source": "gsm8k"},
+    "reward": {"functions": [{"name": "numeric_match"}]},
+}
 
 
 @pytest.fixture

@@ -203,4 +203,6 @@ def test_help_answers_without_kfp():
     assert result.stdout.strip() == "[]"
     environment = os.environ | {"NO_COLOR": "1"}
     result = subprocess.run([*GRPO, "--help"], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0 and all(name in result.stdout for name in ("run", "compile", "init", "show", "report"))
+    assert result.returncode == 0 and all(
+        name in result.stdout for name in ("run", "compile", "init", "show", "report")
+    )

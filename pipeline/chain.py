@@ -1,0 +1,38 @@
+"""The last task of a run that is not the last of its fine-tune: submits the next run, from inside the cluster.
+
+A failed run never comes to it, so a failure stops the chain.
+"""
+
+from kfp import dsl
+
+
+@dsl.component(base_image="grpo-pipeline/cpu-python", install_kfp_package=False)
+def submit_next(settings: str, cluster: str, remaining: int, decision: dsl.Input[dsl.Artifact]):
+    """Submits the run that goes on from this one's checkpoint."""
+    from pipeline.chain import go_on
+
+    go_on(settings, cluster, remaining)
+
+
+def go_on(settings: str, cluster: str, remaining: int) -> str:
+    """Starts the next run of the chain with what remains; gives its id.
+
+    settings: this run's settings as configure resolved them, as JSON. cluster: the `[cluster]` section as JSON, images
+    included. remaining: iterations still to do.
+
+    Raises:
+        ClusterError: the pod may not submit; `k8s/base` has the Role it needs.
+    """
+    import json
+
+    from components.common.settings import validate
+    from pipeline.connection import Connection
+    from pipeline.settings import PipelineSettings
+    from pipeline.submitting import start, upload
+
+    values = json.loads(settings) | {"cluster": json.loads(cluster), "iterations": remaining, "start_from": "latest"}
+    following = validate(PipelineSettings, values, where="next run")
+    client = Connection().open()
+    submitted = start(client, following, upload(client, following))
+    print(f"{remaining} iterations remain: submitted {submitted.name} {submitted.url}")
+    return submitted.run_id

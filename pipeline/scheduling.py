@@ -1,0 +1,133 @@
+"""Recurring fine-tunes: one at a time, no catching up, each from the champion and the newest data."""
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from components.common.errors import SettingsError
+from pipeline.connection import ClusterError, call
+from pipeline.settings import PipelineSettings
+from pipeline.submitting import Uploaded, check_for_cluster, pages, pipeline_name, split, upload
+
+FIELD = r"(\*|\d+(-\d+)?(,\d+(-\d+)?)*)(/\d+)?"
+BOUNDS = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))
+NAMES = ("minute", "hour", "day of month", "month", "day of week")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A recurring run on the cluster."""
+
+    id: str
+    name: str
+    cron: str
+    enabled: bool
+
+
+def six_fields(cron: str, timezone: str | None, *, at: datetime | None = None) -> str:
+    """Kubeflow's cron (seconds first, in UTC as installed) of a five-field cron in a time zone.
+
+    Kubeflow's scheduler has one time zone for the whole cluster (`CRON_SCHEDULE_TIMEZONE`, UTC by default) and none a
+    schedule. A plain hour and minute are shifted by the zone's offset of today; when daylight saving time changes, the
+    schedule moves by that hour.
+
+    Raises:
+        SettingsError: not five fields, out of range, an unknown zone, or a cron that cannot be shifted.
+    """
+    fields = cron.split()
+    if len(fields) != 5:
+        raise SettingsError(f"--cron wants five fields (minute hour day month weekday), got {cron!r}")
+    for name, field, (low, high) in zip(NAMES, fields, BOUNDS, strict=True):
+        numbers = [int(number) for number in re.findall(r"\d+", field.partition("/")[0])]
+        if not re.fullmatch(FIELD, field) or any(not low <= number <= high for number in numbers):
+            raise SettingsError(f"--cron: {name} wants {low}-{high}, * or lists and ranges of them, got {field!r}")
+    fields[4] = re.sub(r"\b7\b", "0", fields[4])  # both are Sunday; Kubeflow's parser knows 0 only
+    return " ".join(["0", *(_to_utc(fields, timezone, at) if timezone else fields)])
+
+
+def _to_utc(fields: list[str], timezone: str, at: datetime | None) -> list[str]:
+    try:
+        zone = ZoneInfo(timezone)
+    except (ZoneInfoNotFoundError, ValueError):
+        raise SettingsError(f"--timezone: no zone {timezone!r}; want a name such as Europe/Berlin") from None
+    offset = (at or datetime.now(UTC)).astimezone(zone).utcoffset() or timedelta()
+    minute, hour, day, month, weekday = fields
+    if not offset:
+        return fields
+    if not (minute.isdigit() and hour.isdigit()):
+        raise SettingsError(f"--timezone shifts one fixed hour and minute, got {minute} {hour}; give the cron in UTC")
+    total = int(hour) * 60 + int(minute) - int(offset.total_seconds()) // 60
+    days, rest = divmod(total, 24 * 60)
+    if days and (day, month) != ("*", "*"):
+        raise SettingsError(f"--timezone {timezone} moves {hour}:{minute} to another day in UTC; give the cron in UTC")
+    if days and weekday != "*":
+        if not re.fullmatch(r"\d(,\d)*", weekday):
+            raise SettingsError("--timezone shifts lists of weekdays (1,3,5), not ranges; give the cron in UTC")
+        weekday = ",".join(str((int(number) + days) % 7) for number in weekday.split(","))
+    return [str(rest % 60), str(rest // 60), day, month, weekday]
+
+
+def schedule(client: Any, settings: PipelineSettings, cron: str, timezone: str | None) -> Schedule:
+    """Makes a fine-tune recur.
+
+    Raises:
+        SettingsError: the cron, local paths, or more iterations than one run holds.
+        ClusterError: refused, or this fine-tune has a schedule already.
+    """
+    fields = six_fields(cron, timezone)
+    check_for_cluster(settings)
+    if split(settings)[1]:
+        raise SettingsError(f"iterations: a scheduled run is one run; lower them to {split(settings)[0].iterations}")
+    present = [found for found in schedules(client) if found.name == pipeline_name(settings.fine_tune)]
+    if present:
+        raise ClusterError(
+            f"fine-tune {settings.fine_tune} recurs already ({present[0].cron}); end that with `grpo unschedule "
+            f"{settings.fine_tune}` first"
+        )
+    recurring = settings.model_copy(update={"start_from": "champion", "skip_unchanged_data": True})
+    made = call("make the schedule", _create, client, recurring, upload(client, recurring), fields)
+    return Schedule(made.recurring_run_id, made.display_name, fields, True)
+
+
+def _create(client: Any, settings: PipelineSettings, to: Uploaded, fields: str) -> Any:
+    return client.create_recurring_run(
+        to.experiment_id,
+        pipeline_name(settings.fine_tune),
+        cron_expression=fields,
+        max_concurrency=1,
+        no_catchup=True,
+        pipeline_id=to.pipeline_id,
+        version_id=to.version_id,
+        service_account=settings.cluster.service_account,
+    )
+
+
+def schedules(client: Any) -> list[Schedule]:
+    """All recurring fine-tunes."""
+    found = pages(client.list_recurring_runs, "recurring_runs", namespace=client.get_user_namespace() or None)
+    return [
+        Schedule(
+            run.recurring_run_id,
+            run.display_name,
+            run.trigger.cron_schedule.cron if run.trigger and run.trigger.cron_schedule else "",
+            run.status == "ENABLED",
+        )
+        for run in found
+        if run.display_name.startswith("grpo-")
+    ]
+
+
+def unschedule(client: Any, fine_tune: str) -> list[Schedule]:
+    """Ends the schedule of a fine-tune; runs that go on are left alone.
+
+    Raises:
+        ClusterError: it has none.
+    """
+    present = [found for found in schedules(client) if found.name == pipeline_name(fine_tune)]
+    if not present:
+        raise ClusterError(f"fine-tune {fine_tune} has no schedule; `grpo schedules` lists those there are")
+    for found in present:
+        call("delete the schedule", client.delete_recurring_run, found.id)
+    return present

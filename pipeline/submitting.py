@@ -1,0 +1,228 @@
+"""Sending a run to Kubeflow Pipelines: pipeline, version, experiment, run; and what goes on there."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from components.common.errors import SettingsError
+from pipeline.compiling import compile_to, iterations_that_fit
+from pipeline.connection import ClusterError, call, status_of
+from pipeline.settings import PipelineSettings
+
+TERMINAL = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
+PAGE_SIZE = 100
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """A pipeline version and the experiment its runs belong to."""
+
+    pipeline_id: str
+    version_id: str
+    experiment_id: str
+    this_run: int
+    """Iterations of one run."""
+    remaining: int
+    """Iterations for the runs after it."""
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A run on the cluster."""
+
+    run_id: str
+    name: str
+    url: str
+
+
+def pipeline_name(fine_tune: str) -> str:
+    """The pipeline, and the experiment, of a fine-tune."""
+    return f"grpo-{fine_tune}"
+
+
+def check_for_cluster(settings: PipelineSettings) -> None:
+    """Refuses what only works on this machine.
+
+    Raises:
+        SettingsError: the store is a folder, or model or data are local paths.
+    """
+    local = [
+        f"{name} = {value}"
+        for name, value in (
+            ("store", settings.store),
+            ("model", settings.model),
+            ("dataset.source", settings.dataset.source),
+        )
+        if value.startswith(("file://", "/"))
+    ]
+    if local:
+        raise SettingsError(
+            f"a pod cannot see this machine's files: {', '.join(local)}; put them into object storage, give s3://"
+        )
+
+
+def split(settings: PipelineSettings) -> tuple[PipelineSettings, int]:
+    """Settings of the first run of a chain, and the iterations left for the runs after it."""
+    this_run = min(settings.iterations, iterations_that_fit(settings))
+    return settings.model_copy(update={"iterations": this_run}), settings.iterations - this_run
+
+
+def upload(client: Any, settings: PipelineSettings) -> Uploaded:
+    """Compiles and uploads; the same graph is one version, however often it is submitted.
+
+    Raises:
+        ClusterError, SettingsError
+    """
+    first, remaining = split(settings)
+    name = pipeline_name(settings.fine_tune)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pipeline.yaml"
+        compile_to(first, path, remaining=remaining)
+        version = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        pipeline_id = call("look up the pipeline", client.get_pipeline_id, name)
+        if pipeline_id is None:
+            described = f"GRPO fine-tune {settings.fine_tune} of {settings.model}"
+            made = call("upload the pipeline", client.upload_pipeline, str(path), name, described)
+            pipeline_id = made.pipeline_id
+        version_id = _version(client, pipeline_id, version, path)
+    experiment = call(
+        "make the experiment", client.create_experiment, name, namespace=client.get_user_namespace() or None
+    )
+    return Uploaded(pipeline_id, version_id, experiment.experiment_id, first.iterations, remaining)
+
+
+def _version(client: Any, pipeline_id: str, name: str, path: Path) -> str:
+    for found in pages(client.list_pipeline_versions, "pipeline_versions", pipeline_id=pipeline_id):
+        if found.display_name == name:
+            return found.pipeline_version_id
+    try:
+        made = call("upload the version", client.upload_pipeline_version, str(path), name, pipeline_id=pipeline_id)
+    except ClusterError as error:
+        if status_of(error.__cause__ or error) != 409:
+            raise
+        return _version(client, pipeline_id, name, path)  # another submit was quicker with the very same graph
+    return made.pipeline_version_id
+
+
+def pages(request: Any, attribute: str, **options: Any) -> Iterator[Any]:
+    """Every item of a listing, page by page."""
+    token = ""
+    while True:
+        page = call("list", request, page_token=token, page_size=PAGE_SIZE, **options)
+        yield from getattr(page, attribute) or []
+        token = page.next_page_token
+        if not token:
+            return
+
+
+def submit(client: Any, settings: PipelineSettings, *, parameters: dict[str, Any] | None = None) -> Submitted:
+    """Starts a run of a fine-tune.
+
+    Raises:
+        ClusterError: refused, or a run of this fine-tune goes on; the message names it and the way out.
+        SettingsError: local paths, or a stage without an image.
+    """
+    check_for_cluster(settings)
+    going_on = [run for run in runs(client, settings.fine_tune) if run.state not in TERMINAL]
+    if going_on:
+        raise ClusterError(
+            f"fine-tune {settings.fine_tune} has run {going_on[0].display_name} going on; wait for it, stop it with "
+            f"`grpo cancel {going_on[0].run_id}`, or use another name: --set fine_tune={settings.fine_tune}-2"
+        )
+    return start(client, settings, upload(client, settings), parameters=parameters)
+
+
+def start(
+    client: Any, settings: PipelineSettings, to: Uploaded, *, parameters: dict[str, Any] | None = None
+) -> Submitted:
+    """Starts a run of an uploaded version."""
+    name = f"{settings.fine_tune}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    run = call(
+        "start the run", client.run_pipeline, to.experiment_id, name, params=parameters or {},
+        pipeline_id=to.pipeline_id, version_id=to.version_id, service_account=settings.cluster.service_account,
+    )  # fmt: skip
+    return Submitted(run.run_id, name, link(client, run.run_id))
+
+
+def link(client: Any, run_id: str) -> str:
+    """The run's page in the Kubeflow UI."""
+    return f"{client._get_url_prefix()}/#/runs/details/{run_id}"
+
+
+def runs(client: Any, fine_tune: str) -> list[Any]:
+    """Runs of a fine-tune, newest first; none when it was never submitted."""
+    experiment = call("find the experiment", _experiment, client, pipeline_name(fine_tune))
+    if experiment is None:
+        return []
+    return list(pages(client.list_runs, "runs", experiment_id=experiment.experiment_id, sort_by="created_at desc"))
+
+
+def _experiment(client: Any, name: str) -> Any:
+    try:
+        return client.get_experiment(experiment_name=name, namespace=client.get_user_namespace() or None)
+    except ValueError:  # the client's own way of saying that there is none
+        return None
+
+
+def settings_of(client: Any, run: Any) -> PipelineSettings:
+    """The settings a run was submitted with, out of its pipeline version; with the iterations of its whole chain.
+
+    Raises:
+        ClusterError: the run was not made by this product, or its version is gone.
+    """
+    from components.common.settings import validate
+    from components.configure.config import RunSettings
+    from components.configure.form import form_fields, merge, nest
+
+    reference = run.pipeline_version_reference
+    version = call(
+        "read the pipeline version", client.get_pipeline_version, reference.pipeline_id, reference.pipeline_version_id
+    )
+    tasks = _tasks(version.pipeline_spec)
+    base = json.loads(_constant(tasks, "configure", "settings", run.run_id))
+    dotted = {field.name: field.dotted for field in form_fields(RunSettings)}
+    given = (run.runtime_config.parameters or {}) if run.runtime_config else {}
+    changes = nest({dotted[name]: value for name, value in given.items() if name in dotted}, RunSettings)
+    if "submit-next" in tasks:
+        changes["iterations"] = base["iterations"] + int(_constant(tasks, "submit-next", "remaining", run.run_id))
+    return validate(PipelineSettings, merge(base, changes), where=f"run {run.run_id}")
+
+
+def _tasks(spec: dict[str, Any]) -> dict[str, Any]:
+    ir = spec.get("pipeline_spec", spec)
+    return ir.get("root", {}).get("dag", {}).get("tasks", {})
+
+
+def _constant(tasks: dict[str, Any], task: str, name: str, run_id: str) -> Any:
+    try:
+        return tasks[task]["inputs"]["parameters"][name]["runtimeValue"]["constant"]
+    except (KeyError, TypeError):
+        raise ClusterError(f"run {run_id} was not submitted by grpo: its pipeline has no settings") from None
+
+
+def resumed(client: Any, fine_tune: str) -> PipelineSettings:
+    """Settings that go on with a fine-tune from its last checkpoint, for the iterations that remain.
+
+    Raises:
+        ClusterError: it was never submitted.
+        ArtifactNotFound, StoreError: it has no checkpoint, or its store cannot be reached from here.
+        SettingsError: nothing remains.
+    """
+    from components.common.store import open_store
+    from components.configure.start import policy_iterations
+
+    found = runs(client, fine_tune)
+    if not found:
+        raise ClusterError(f"fine-tune {fine_tune} has no run to go on with; `grpo submit FILE` starts one")
+    settings = settings_of(client, found[0])
+    policies = policy_iterations(open_store(settings.store), fine_tune, found[0].run_id)
+    remaining = settings.iterations - (max(policies) - min(policies) if policies else 0)
+    if remaining < 1:
+        raise SettingsError(f"fine-tune {fine_tune} has had its {settings.iterations} iterations: submit the file anew")
+    start_from = "latest" if policies else settings.start_from
+    return settings.model_copy(update={"start_from": start_from, "iterations": remaining})

@@ -1,0 +1,54 @@
+"""Runs in the environment that has vLLM: samples each policy of a plan and writes what came out.
+
+python vllm_probe.py plan.json out.json; the plan is {"policies": [{"folder", "rounds": [{"settings", "requests"}]}]}.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from components.rollout.config import RolloutSettings
+from components.rollout.sampler import SampleRequest, Sampling
+from components.rollout.vllm_sampler import VllmSampler
+
+
+def requests_of(entries: list[dict]) -> list[SampleRequest]:
+    """Requests as the plan has them."""
+    samplings: dict[str, Sampling] = {}
+    found = []
+    for entry in entries:
+        key = json.dumps(entry["sampling"], sort_keys=True)
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in entry["sampling"].items()}
+        sampling = samplings.setdefault(key, Sampling(**values))
+        found.append(
+            SampleRequest(entry["prompt_id"], entry["sample_index"], entry["prompt_ids"], entry["seed"], sampling)
+        )
+    return found
+
+
+def probe(policy: dict) -> dict:
+    """Starts an engine for one policy and draws each of its rounds."""
+    started = time.monotonic()
+    engine = VllmSampler(
+        Path(policy["folder"]), RolloutSettings(**policy.get("settings", {})), longest=64, num_requests=256
+    )
+    outcome = {"start_seconds": time.monotonic() - started, "digests": engine._digests, "rounds": []}
+    for entries in policy["rounds"]:
+        requests = requests_of(entries)
+        found = {id(c.request): c for batch in engine.sample(requests) for c in batch}
+        completions = [found[id(request)] for request in requests]
+        outcome["rounds"].append([[c.completion_ids, c.logprobs, c.finish_reason, c.error] for c in completions])
+    engine.close()
+    return outcome
+
+
+if __name__ == "__main__":
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    results = []
+    for policy in plan["policies"]:
+        try:
+            results.append(probe(policy))
+        except Exception as error:
+            results.append({"error": f"{type(error).__name__}: {error}"})
+    Path(sys.argv[2]).write_text(json.dumps(results))

@@ -1,4 +1,4 @@
-"""Remove from an image's environment what no stage reads: test suites, C headers, static libraries, service models.
+"""Remove from an image's environment what no stage reads: test suites, headers, service models, modelling code.
 
 Run with the environment's own interpreter, while the image is built. Prints what went and how large it was.
 Kept: compiled bytecode (a read-only root cannot write it later) and package metadata (versions, licences).
@@ -21,14 +21,26 @@ ARROW_SERVER = ("libarrow_flight.so*", "libarrow_python_flight.so*", "_flight.*.
 """Arrow's network server; Parquet and datasets load without it."""
 
 
+TWICE = ("pyarrow/libarrow_python.so", "pyarrow/libarrow_python.so.*.*", "zstandard/_cffi.*.so")
+"""Copies of one library under the names a linker would want, and the slower of two bindings to zstd."""
+
+SOURCES = ("*.pyi", "*.pyx", "*.pxd", "*.pxi", "*.a")
+"""For type checkers and compilers."""
+
+NEEDS_TORCH = ("modeling_*.py", "modular_*.py", "image_processing_*.py", "video_processing_*.py", "convert_*.py")
+"""Of transformers: dead without torch, which leaves tokenizers and configurations."""
+
+
 def unwanted(site: Path) -> list[Path]:
     """Paths below a site-packages folder that no stage reads."""
     found = [path for name in TEST_PACKAGES for path in (site / name).rglob("tests") if path.is_dir()]
     found += [site / name for name in HEADERS]
-    found += (site / "pyarrow").glob("*.pxd")
     found += [path for pattern in ARROW_SERVER for path in (site / "pyarrow").glob(pattern)]
     found += [path for path in (site / "botocore/data").glob("*/") if path.name not in AWS_SERVICES]
-    found += list(site.rglob("*.a"))
+    found += [path for pattern in TWICE for path in site.glob(pattern)]
+    found += [path for pattern in SOURCES for path in site.rglob(pattern)]
+    if not (site / "torch").exists():
+        found += [path for pattern in NEEDS_TORCH for path in (site / "transformers/models").rglob(pattern)]
     return sorted({path for path in found if path.exists()})
 
 

@@ -57,12 +57,15 @@ def launch(folder: Path, job: Job) -> Result:
     (folder / "job.json").write_text(job.model_dump_json())
     logs = folder / "logs"
     logs.mkdir(exist_ok=True)
+    config, store = _config(job, logs)
     try:
-        elastic_launch(_config(job, logs), work)(str(folder))
+        elastic_launch(config, work)(str(folder))
     except ChildFailedError as error:
         raise _explain(error, folder, logs) from None
     except SignalException as error:
         raise StageError(f"stopped by {error.sigval.name}; nothing was published") from None
+    finally:
+        del store
     return Result.model_validate_json((folder / "result.json").read_text())
 
 
@@ -99,23 +102,38 @@ def _train(folder: Path, job: Job, rank: int) -> None:
     torch.distributed.destroy_process_group()
 
 
-def _config(job: Job, logs: Path) -> Any:
+def _config(job: Job, logs: Path) -> tuple[Any, Any]:
+    """torchrun's configuration, and the store of the rendezvous where it is this process's own."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.run import config_from_args, get_args_parser
 
-    arguments = ["--max-restarts", "0", "--monitor-interval", "0.05", "worker"]
+    arguments, store = ["--max-restarts", "0", "--monitor-interval", "0.05", "worker"], None
     if "PET_NPROC_PER_NODE" not in os.environ:
         arguments = ["--nproc-per-node", str(num_processes(job)), *arguments]
-    if int(os.environ.get("PET_NNODES", "1").partition(":")[0]) == 1:
-        here = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--local-addr", "127.0.0.1"]
+    if num_nodes() == 1:
+        here, store = _local_rendezvous()
         arguments = [*here, *arguments]
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     config, _, _ = config_from_args(get_args_parser().parse_args(arguments))
     config.start_method = "fork" if job.device == "cpu" else "spawn"
     config.logs_specs = DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL)
     config.shutdown_timeout = GRACE_SECONDS
-    return config
+    return config, store
+
+
+def num_nodes() -> int:
+    """Nodes of this update, as torchrun's variables have it."""
+    return int(os.environ.get("PET_NNODES", "1").partition(":")[0])
+
+
+def _local_rendezvous() -> tuple[list[str], Any]:
+    """torchrun's options for this machine alone, on a port that the system picked and that is held from here on."""
+    from torch.distributed import TCPStore
+
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+    address = ["--master-addr", "127.0.0.1", "--master-port", str(store.port), "--local-addr", "127.0.0.1"]
+    return ["--rdzv-backend", "static", "--node-rank", "0", *address], store
 
 
 def num_processes(job: Job) -> int:

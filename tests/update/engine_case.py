@@ -1,6 +1,5 @@
 """A tiny fine-tune to update: policy, scored rollouts and the stage run on them, as the pipeline would."""
 
-import json
 import os
 import subprocess
 import sys
@@ -98,6 +97,7 @@ class Case:
         import torch
         from transformers import AutoModelForCausalLM
 
+        torch.set_num_threads(1)  # a process with a thread pool cannot be forked
         random = np.random.default_rng(seed)
         model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
         rows: dict[str, list[Any]] = {key: [] for key in completion_fields()}
@@ -135,7 +135,7 @@ class Case:
 
     def arguments(self, inputs: dict[str, Path], scored: Path, *, iteration: int = 0, **changes: Any) -> dict[str, Any]:
         """Keyword arguments of `run`."""
-        outputs = {name: self.folder / f"{name}-{iteration}.json" for name in ("next_policy", "next_optimizer")}
+        outputs = {name: self.folder / f"{self.run_name}-{name}-{iteration}.json" for name in ("next_policy", "next_optimizer")}
         return {
             "settings": self.settings_text(**changes), "iteration": iteration, **inputs, "scored": scored, **outputs
         }  # fmt: skip
@@ -199,7 +199,16 @@ class Outcome:
             found |= load_file(path)
         return found
 
+    def state(self) -> dict[str, Any]:
+        """The optimizer's state by `<kind>/<parameter>`, put together from all ranks' pieces."""
+        import torch
+        from safetensors.torch import load_file
 
-def read_settings(text: str) -> dict[str, Any]:
-    """The stage part of a settings text."""
-    return json.loads(text)["stage"]
+        folder = artifacts.fetch(self.case.store, self.optimizer, self.case.folder / f"o{self.optimizer.digest[-12:]}")
+        pieces: dict[str, list[tuple[int, Any]]] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            for key, tensor in load_file(path).items():
+                name, _, start = key.rpartition("@")
+                pieces.setdefault(name, []).append((int(start), tensor))
+        ordered = {name: sorted(found, key=lambda piece: piece[0]) for name, found in pieces.items()}
+        return {name: torch.cat([tensor for _, tensor in found]) for name, found in ordered.items()}

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
+_SHORT_EXPONENT = re.compile(r"e([+-])0")
+
 Points = dict[int, float]
 """Iteration → value; an iteration without one is skipped by the line."""
 
@@ -58,7 +60,13 @@ def number(value: float, form: str = "number") -> str:
         return f"{value:.3f}" if size < 10 else f"{value:.1f}"
     if 0.00001 <= size < 0.001:
         return f"{value:.5f}"
-    return f"{value:,.0f}" if 1000 <= size < 1e7 else re.sub(r"e([+-])0", r"e\1", f"{value:.1e}")
+    return f"{value:,.0f}" if 1000 <= size < 1e7 else _SHORT_EXPONENT.sub(r"e\1", f"{value:.1e}")
+
+
+def interval(low: float, high: float, form: str = "number") -> str:
+    """A range of values: `79.2–90.6 %`."""
+    first = f"{low * 100:.1f}" if form == "percent" else number(low, form)
+    return f"{first}–{number(high, form)}"
 
 
 def duration(seconds: float) -> str:
@@ -110,7 +118,7 @@ def _readout(chart: Chart, position: int, line: Line) -> str:
     last = max(line.points)
     band = ""
     if last in line.low and last in line.high:
-        band = f"{number(line.low[last], chart.form)} to {number(line.high[last], chart.form)}"
+        band = interval(line.low[last], line.high[last], chart.form)
     many = len(chart.drawn) > 1
     name = f'<span class="key key-{position}" aria-hidden="true"></span>{escape(line.name)} ' if many else ""
     return (
@@ -221,4 +229,4 @@ def _tick_text(value: float, form: str, high: float) -> str:
         return f"{value * 100:.4g} %"
     if form == "seconds":
         return f"{value:.4g} s" if high < 180 else f"{value / 60:.4g} min"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else _SHORT_EXPONENT.sub(r"e\1", f"{value:.6g}")

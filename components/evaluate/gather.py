@@ -9,6 +9,7 @@ from components.evaluate.history import finite
 
 log = logging.getLogger("grpo")
 
+_OF_THE_BATCH = ("reward", "frac_reward", "completions/")
 SECONDS = "seconds"
 """Entry of a manifest's metadata: how long its stage took."""
 
@@ -22,9 +23,12 @@ def rollouts_of(store: Store, scored: Manifest) -> list[Manifest]:
 
 
 def metrics_of(rollouts: Sequence[Manifest], scored: Manifest, policy: Manifest) -> dict[str, float]:
-    """Metrics of all stages behind an evaluation, under their own names; the reward stage sees all shards and wins."""
-    sampled = merge([finite(manifest.metrics) for manifest in rollouts])
-    return finite(policy.metrics) | sampled | finite(scored.metrics)
+    """Metrics of all stages behind an evaluation, under their own names; the reward stage sees all shards and wins.
+
+    What an update says of its batch's rewards concerns the iteration before and is left to that iteration's record.
+    """
+    updated = {name: value for name, value in finite(policy.metrics).items() if not name.startswith(_OF_THE_BATCH)}
+    return updated | merge([finite(manifest.metrics) for manifest in rollouts]) | finite(scored.metrics)
 
 
 def seconds_of(rollouts: Sequence[Manifest], scored: Manifest, policy: Manifest) -> dict[str, float]:

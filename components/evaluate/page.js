@@ -21,6 +21,7 @@
     if (size >= 0.00001 && size < 0.001) return value.toFixed(5);
     return size >= 1000 && size < 1e7 ? Math.round(value).toLocaleString("en-US") : value.toExponential(1);
   };
+  const interval = (low, high, form) => `${form === "percent" ? (low * 100).toFixed(1) : number(low, form)}\u2013${number(high, form)}`;
   const pad = (count) => String(count).padStart(2, "0");
   const duration = (seconds) => {
     const whole = Math.floor(seconds);
@@ -57,7 +58,7 @@
         const point = line.points.find((candidate) => candidate[0] === at);
         panel.values[i].textContent = point ? number(point[1], panel.chart.form) : "\u2013";
         const banded = point && line.low[at] !== undefined && line.high[at] !== undefined;
-        panel.bands[i].textContent = banded ? `${number(line.low[at], panel.chart.form)} to ${number(line.high[at], panel.chart.form)}` : "";
+        panel.bands[i].textContent = banded ? interval(line.low[at], line.high[at], panel.chart.form) : "";
       });
     }
   };

@@ -141,13 +141,18 @@ def _prompts(past: _Past, held_out: metrics.Evaluation, record: Record) -> dict[
 
 
 def _samples(stage: Stage[EvaluateSettings], tables: Mapping[str, samples.Table], past: _Past) -> list[samples.Row]:
-    """Rows for the report: this iteration's, and from the second evaluation on a quarter from the baseline."""
+    """Rows for the report: this iteration's, and from the second evaluation on a quarter from the baseline.
+
+    The last iteration has no training samples; a quarter then shows those of the iteration before.
+    """
     limit, iteration = stage.settings.table_rows, stage.iteration or 0
     first = min((row["iteration"] for row in past.samples if row["split"] == "eval"), default=None)
     kept = [row for row in past.samples if row["split"] == "eval" and row["iteration"] == first]
     kept = [] if first == iteration else kept[: limit // 4]
+    if "train" not in tables:
+        kept += [row for row in past.samples if row["split"] == "train"][: limit // 4]
     room = (limit - len(kept)) // max(1, len(tables))
-    seen = frozenset(row["prompt_id"] for row in kept)
+    seen = frozenset(row["prompt_id"] for row in kept if row["split"] == "eval")
     found = list(kept)
     for table in tables.values():
         chosen = samples.choose(table, room, seed=stage.context.seed, prefer=seen)

@@ -24,7 +24,9 @@ def two_iterations(story, sample):
     first = story.evaluate(
         0, story.policy(0), story.scored(0, {"completions/mean_length": 1.5}, eval=before, train=train)
     )
-    policy = story.policy(1, metrics={"kl": 0.01, "entropy": 0.7}, metadata={"seconds": 9.0})
+    policy = story.policy(
+        1, metrics={"kl": 0.01, "entropy": 0.7, "frac_reward_zero_std": 0.9}, metadata={"seconds": 9.0}
+    )
     second = story.evaluate(1, policy, story.scored(1, eval=after), first.path)
     return first, second
 
@@ -35,6 +37,7 @@ def test_the_history_gathers_what_every_stage_told(two_iterations):
     assert [start["iteration"], last["iteration"]] == [0, 1]
     assert start["metrics"]["completions/mean_length"] == 1.5
     assert last["metrics"] | {"reward": 0.5, "kl": 0.01, "entropy": 0.7} == last["metrics"]
+    assert "frac_reward_zero_std" not in last["metrics"]  # of the batch before, not of these samples
     assert {name: last["seconds"][name] for name in ("rollout", "reward", "update")} == {
         "rollout": 4.0, "reward": 1.0, "update": 9.0,
     }  # fmt: skip
@@ -67,7 +70,7 @@ def test_page_and_summary_are_those_of_the_artifact(two_iterations):
 def test_the_report_shows_samples_of_baseline_and_present(two_iterations):
     first, second = two_iterations
     rows = second.json("samples.json")
-    assert {(row["iteration"], row["split"]) for row in rows} == {(0, "eval"), (1, "eval")}
+    assert {(row["iteration"], row["split"]) for row in rows} == {(0, "eval"), (0, "train"), (1, "eval")}
     [train_best] = [row for row in first.json("samples.json") if row["split"] == "train" and row["right"]]
     assert train_best["rewards"] == {"match": 1.0, "bonus": 0.5}
     assert train_best["truth"] == {"answer": "0"}

@@ -112,7 +112,7 @@ def test_the_figures_are_in_the_page(show):
     assert text(page, "#pass-after") == "87.5 %"
     assert text(page, "#verdict") == "2 updates raised pass@1 by 62.5 points (95 % interval +58.0 to +67.0)."
     assert text(page, '[data-chart="reward"] [data-value]') == "0.700"
-    assert text(page, '[data-chart="pass"] [data-band]') == "84.0 % to 91.0 %"
+    assert text(page, '[data-chart="pass"] [data-band]') == "84.0–91.0 %"
     assert page.run("document.querySelectorAll('.chart-empty').length") == 2  # no KL, no lengths
     assert text(page, "tfoot td") == "30.0 s"
 

@@ -31,4 +31,4 @@ docs: $(VENV)/.installed ## Generate docs/configuration.md and the picture of th
 	$(VENV)/bin/python -m pipeline.reference
 
 clean: ## Remove environments and runs
-	rm -rf $(VENV) $(VLLM) runs build
+	rm -rf $(VENV) $(VLLM) runs build recipes/*/build

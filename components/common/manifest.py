@@ -171,12 +171,9 @@ def file_digest(path: Path) -> str:
     """BLAKE3 of a file, read once, on all cores when it is large."""
     from blake3 import blake3
 
-    hasher = blake3(max_threads=blake3.AUTO)
-    if path.stat().st_size < 1 << 20:
-        hasher.update(path.read_bytes())
-    else:
-        hasher.update_mmap(path)
-    return "blake3:" + hasher.hexdigest()
+    if path.stat().st_size < 8 << 20:  # one thread: the thread pool would not survive a fork
+        return "blake3:" + blake3(path.read_bytes()).hexdigest()
+    return "blake3:" + blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
 
 
 def text_digest(text: str) -> str:

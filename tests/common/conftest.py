@@ -28,6 +28,12 @@ def make_bucket(endpoint: str) -> str:
     return endpoint
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node cache for each test, never the user's."""
+    monkeypatch.setenv("GRPO_CACHE_DIR", str(tmp_path / "node-cache"))
+
+
 @pytest.fixture(scope="session")
 def s3_credentials() -> Iterator[pytest.MonkeyPatch]:
     """The credentials of the test servers, in the environment where boto3 looks for them."""

@@ -3,6 +3,8 @@
 A failed run never comes to it, so a failure stops the chain.
 """
 
+from typing import Any
+
 from kfp import dsl
 
 
@@ -26,13 +28,19 @@ def go_on(settings: str, cluster: str, remaining: int) -> str:
     import json
 
     from components.common.settings import validate
-    from pipeline.connection import Connection
     from pipeline.settings import PipelineSettings
     from pipeline.submitting import start, upload
 
     values = json.loads(settings) | {"cluster": json.loads(cluster), "iterations": remaining, "start_from": "latest"}
     following = validate(PipelineSettings, values, where="next run")
-    client = Connection().open()
+    client = connect()
     submitted = start(client, following, upload(client, following))
     print(f"{remaining} iterations remain: submitted {submitted.name} {submitted.url}")
     return submitted.run_id
+
+
+def connect() -> Any:
+    """The client of the pod's own cluster."""
+    from pipeline.connection import Connection
+
+    return Connection().open()

@@ -37,12 +37,11 @@ class Connection:
         Raises:
             ClusterError: nothing answers there, or it is not Kubeflow Pipelines.
         """
-        import kfp
         from kubernetes.config import ConfigException
 
         warnings.filterwarnings("ignore", category=FutureWarning, module="kfp")
         try:
-            client = kfp.Client(
+            client = _client_class()(
                 host=self.host, existing_token=self.token, cookies=self.cookie, ssl_ca_cert=self.ca_cert,
                 namespace=self.namespace or "kubeflow", credentials=self._in_cluster_token(),
             )  # fmt: skip
@@ -67,9 +66,21 @@ class Connection:
         return set_volume_credentials.ServiceAccountTokenVolumeCredentials()
 
 
+def _client_class() -> Any:
+    import kfp
+
+    class Client(kfp.Client):
+        """Asks the server for its mode once; the SDK's own asks five times with pauses, whatever the answer was."""
+
+        def get_kfp_healthz(self, sleep_duration: int = 5) -> Any:
+            return call("ask the server for its mode", self._healthz_api.healthz_service_get_healthz)
+
+    return Client
+
+
 def multi_user(client: Any) -> bool:
     """Whether the installation separates users by namespace."""
-    return bool(call("ask the server for its mode", client.get_kfp_healthz).multi_user)
+    return bool(client.get_kfp_healthz().multi_user)
 
 
 def call(what: str, request: Callable[..., T], *arguments: Any, **options: Any) -> T:

@@ -34,6 +34,8 @@ class RunSettings(Settings):
     """Rollout jobs an iteration is split over."""
     staleness: Literal[0, 1] = 0
     """0: rollouts sample from the newest policy; 1: from the one before, while the update runs."""
+    skip_unchanged_data: bool = False
+    """End the run after `dataset` when the data set is the one the champion was trained on; schedules set it."""
     tracking: TrackingSettings = TrackingSettings()
     """MLflow."""
     dataset: DatasetSettings

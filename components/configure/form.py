@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from components.common.settings import field_paths
 
-STRUCTURAL = ("iterations", "shards", "staleness")
+STRUCTURAL = ("iterations", "shards", "staleness", "skip_unchanged_data")
 """Settings that decide which tasks there are."""
 
 

@@ -1,0 +1,219 @@
+"""A small HTTP server that speaks the Kubeflow Pipelines v2beta1 and Kubernetes calls the client makes, with faults."""
+
+import json
+import re
+import threading
+import uuid
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
+
+import yaml
+
+KFP = "/apis/v2beta1"
+
+
+class Cluster:
+    """A pretended cluster; `faults`: path part → statuses (or "drop") answered before the real answer."""
+
+    def __init__(self):
+        self.pipelines, self.versions, self.experiments, self.runs, self.recurring = {}, {}, {}, {}, {}
+        self.pods, self.logs, self.train_jobs = [], {}, {}
+        self.faults, self.requests, self.token = {}, [], None
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def counted(self, method, part):
+        return sum(1 for verb, path in self.requests if verb == method and part in path)
+
+
+def _now():
+    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
+
+
+def _handler(cluster):
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def _answer(self, value, status=200):
+            body = value.encode() if isinstance(value, str) else json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "text/plain" if isinstance(value, str) else "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def _body(self):
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+        def _serve(self):
+            parts = urlsplit(self.path)
+            query = {name: values[0] for name, values in parse_qs(parts.query).items()}
+            cluster.requests.append((self.command, parts.path))
+            body = self._body()
+            for part, statuses in cluster.faults.items():
+                if part in parts.path and statuses:
+                    status = statuses.pop(0)
+                    if status == "drop":
+                        self.connection.close()
+                        return
+                    self._answer({"error": f"pretended {status}"}, status)
+                    return
+            if cluster.token and self.headers.get("Authorization") != f"Bearer {cluster.token}":
+                self._answer({"error": "token expired"}, 401)
+                return
+            for method, pattern, action in ROUTES:
+                match = re.fullmatch(pattern, parts.path)
+                if match and method == self.command:
+                    answer = action(cluster, query, body, *match.groups())
+                    self._answer(*answer) if isinstance(answer, tuple) else self._answer(answer)
+                    return
+            self._answer({"error": f"no {self.command} {parts.path} here"}, 404)
+
+        do_GET = do_POST = do_DELETE = do_PATCH = _serve
+
+    return Handler
+
+
+def _name_in(query):
+    predicates = json.loads(query.get("filter", "{}")).get("predicates", [])
+    return next((p["stringValue"] for p in predicates if p["key"] == "display_name"), None)
+
+
+def _ir(body):
+    text = body.split(b"\r\n\r\n", 1)[1].rsplit(b"\r\n--", 1)[0].decode()
+    pipeline, *platform = list(yaml.safe_load_all(text))
+    return {"pipeline_spec": pipeline, "platform_spec": platform[0]} if platform else pipeline
+
+
+def _list_pipelines(cluster, query, _):
+    wanted = _name_in(query)
+    return {"pipelines": [p for p in cluster.pipelines.values() if wanted in (None, p["display_name"])]}
+
+
+def _upload(cluster, query, body):
+    pipeline = {"pipeline_id": str(uuid.uuid4()), "display_name": query["name"], "created_at": _now()}
+    cluster.pipelines[pipeline["pipeline_id"]] = pipeline
+    _add_version(cluster, pipeline["pipeline_id"], query["name"], body)
+    return pipeline
+
+
+def _add_version(cluster, pipeline_id, name, body):
+    version = {
+        "pipeline_id": pipeline_id, "pipeline_version_id": str(uuid.uuid4()), "display_name": name,
+        "created_at": _now(), "pipeline_spec": _ir(body),
+    }  # fmt: skip
+    cluster.versions[version["pipeline_version_id"]] = version
+    return version
+
+
+def _upload_version(cluster, query, body):
+    taken = [v for v in cluster.versions.values() if v["display_name"] == query["name"]]
+    return ({"error": "exists"}, 409) if taken else _add_version(cluster, query["pipelineid"], query["name"], body)
+
+
+def _list_versions(cluster, query, _, pipeline_id):
+    """One version a page, so that paging is really used."""
+    found = [v for v in cluster.versions.values() if v["pipeline_id"] == pipeline_id]
+    start = int(query.get("page_token") or 0)
+    more = {"next_page_token": str(start + 1)} if start + 1 < len(found) else {}
+    return {"pipeline_versions": found[start : start + 1], **more}
+
+
+def _create_experiment(cluster, _, body):
+    values = json.loads(body)
+    experiment = {"experiment_id": str(uuid.uuid4()), "display_name": values["display_name"]}
+    cluster.experiments[experiment["experiment_id"]] = experiment
+    return experiment
+
+
+def _list_experiments(cluster, query, _):
+    wanted = _name_in(query)
+    return {"experiments": [e for e in cluster.experiments.values() if wanted in (None, e["display_name"])]}
+
+
+def _create_run(cluster, _, body):
+    run = json.loads(body) | {"run_id": str(uuid.uuid4()), "state": "RUNNING", "created_at": _now()}
+    cluster.runs[run["run_id"]] = run
+    return run
+
+
+def _list_runs(cluster, query, _):
+    found = [r for r in cluster.runs.values() if r.get("experiment_id") == query.get("experiment_id")]
+    return {"runs": list(reversed(found))}
+
+
+def _get_run(cluster, _query, _body, run_id):
+    return cluster.runs.get(run_id, ({"error": "no such run"}, 404))
+
+
+def _terminate(cluster, _query, _body, run_id):
+    cluster.runs[run_id]["state"] = "CANCELED"
+    return {}
+
+
+def _create_recurring(cluster, _, body):
+    made = json.loads(body) | {"recurring_run_id": str(uuid.uuid4()), "status": "ENABLED"}
+    cluster.recurring[made["recurring_run_id"]] = made
+    return made
+
+
+def _delete_recurring(cluster, _query, _body, recurring_id):
+    del cluster.recurring[recurring_id]
+    return {}
+
+
+def _selected(items, query):
+    wanted = dict(part.split("=") for part in query.get("labelSelector", "").split(",") if part)
+    return [item for item in items if wanted.items() <= item["metadata"].get("labels", {}).items()]
+
+
+def _list_pods(cluster, query, _, namespace):
+    found = [pod for pod in _selected(cluster.pods, query) if pod["metadata"]["namespace"] == namespace]
+    return {"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": found}
+
+
+def _pod_log(cluster, query, _, _namespace, name):
+    if name not in cluster.logs:
+        return {"message": f'container "main" in pod "{name}" is waiting to start'}, 400
+    lines = cluster.logs[name].splitlines()
+    return "\n".join(lines[-int(query["tailLines"]) :] if "tailLines" in query else lines)
+
+
+def _list_train_jobs(cluster, query, _, _namespace):
+    return {"items": _selected(list(cluster.train_jobs.values()), query)}
+
+
+def _delete_train_job(cluster, _query, _body, _namespace, name):
+    return {} if cluster.train_jobs.pop(name, None) else ({"message": "not found"}, 404)
+
+
+JOBS = r"/apis/trainer\.kubeflow\.org/v1alpha1/namespaces/([^/]+)/trainjobs"
+ROUTES = [
+    ("GET", f"{KFP}/healthz", lambda *_: {"multi_user": False}),
+    ("GET", f"{KFP}/pipelines", _list_pipelines),
+    ("POST", f"{KFP}/pipelines/upload", _upload),
+    ("POST", f"{KFP}/pipelines/upload_version", _upload_version),
+    ("GET", f"{KFP}/pipelines/([^/]+)/versions", _list_versions),
+    ("GET", f"{KFP}/pipelines/[^/]+/versions/([^/]+)", lambda cluster, _q, _b, version: cluster.versions[version]),
+    ("GET", f"{KFP}/experiments", _list_experiments),
+    ("POST", f"{KFP}/experiments", _create_experiment),
+    ("GET", f"{KFP}/runs", _list_runs),
+    ("POST", f"{KFP}/runs", _create_run),
+    ("GET", f"{KFP}/runs/([^/:]+)", _get_run),
+    ("POST", f"{KFP}/runs/([^/:]+):terminate", _terminate),
+    ("GET", f"{KFP}/recurringruns", lambda cluster, *_: {"recurringRuns": list(cluster.recurring.values())}),
+    ("POST", f"{KFP}/recurringruns", _create_recurring),
+    ("DELETE", f"{KFP}/recurringruns/([^/]+)", _delete_recurring),
+    ("GET", r"/api/v1/namespaces/([^/]+)/pods", _list_pods),
+    ("GET", r"/api/v1/namespaces/([^/]+)/pods/([^/]+)/log", _pod_log),
+    ("GET", JOBS, _list_train_jobs),
+    ("DELETE", JOBS + r"/([^/]+)", _delete_train_job),
+]

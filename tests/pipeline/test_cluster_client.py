@@ -1,0 +1,296 @@
+"""The client side of a cluster, against a server that speaks its calls: submit, chain, follow, cancel, schedule."""
+
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import yaml
+from kubernetes import client as kubernetes_client
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from cluster_server import Cluster
+
+from components.common.errors import SettingsError
+from components.common.settings import validate
+from pipeline import connection
+from pipeline.chain import go_on
+from pipeline.compiling import iterations_that_fit
+from pipeline.connection import ClusterError, Connection
+from pipeline.following import Pods, cancel, follow, tasks_of
+from pipeline.scheduling import schedule, schedules, six_fields, unschedule
+from pipeline.settings import PipelineSettings
+from pipeline.submitting import resumed, runs, settings_of, submit, upload
+
+STAGES = ("configure", "dataset", "rollout", "reward", "update", "evaluate", "publish")
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    monkeypatch.setattr(connection, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.delenv("KF_PIPELINES_SA_TOKEN_PATH", raising=False)
+    found = Cluster()
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def client(cluster):
+    return Connection(host=cluster.url).open()
+
+
+@pytest.fixture
+def pods(cluster, monkeypatch):
+    settings = kubernetes_client.Configuration()
+    settings.host = cluster.url
+    settings.retries = False
+    monkeypatch.setattr(kubernetes_client.Configuration, "_default", settings)
+    return Pods("kubeflow")
+
+
+def settings(**changes):
+    values = {
+        "fine_tune": "f", "model": "org/model", "store": "s3://bucket", "iterations": 2,
+        "dataset": {"source": "gsm8k"},
+        "cluster": {stage: {"image": f"registry.example/{stage}@sha256:{'0' * 64}"} for stage in STAGES},
+    }  # fmt: skip
+    return validate(PipelineSettings, values | changes)
+
+
+def test_submitting_uploads_a_version_and_starts_a_run(cluster, client):
+    sent = submit(client, settings())
+    run = cluster.runs[sent.run_id]
+    assert run["display_name"].startswith("f-") and sent.url.endswith(f"/#/runs/details/{sent.run_id}")
+    version = cluster.versions[run["pipeline_version_reference"]["pipeline_version_id"]]
+    assert version["pipeline_spec"]["pipeline_spec"]["pipelineInfo"]["name"] == "grpo-f"
+    assert [found.run_id for found in runs(client, "f")] == [sent.run_id] and runs(client, "other") == []
+
+
+def test_the_same_graph_is_one_version(cluster, client):
+    first, second = upload(client, settings()), upload(client, settings())
+    other = upload(client, settings(iterations=3))
+    assert first.version_id == second.version_id != other.version_id
+    assert first.pipeline_id == other.pipeline_id
+    assert cluster.counted("POST", "upload_version") == 2  # the first upload's own version has the pipeline's name
+
+
+def test_a_second_run_of_a_fine_tune_is_refused_while_the_first_goes_on(cluster, client):
+    sent = submit(client, settings())
+    with pytest.raises(ClusterError, match=f"grpo cancel {sent.run_id}"):
+        submit(client, settings())
+    cluster.runs[sent.run_id]["state"] = "SUCCEEDED"
+    submit(client, settings())
+
+
+@pytest.mark.parametrize("statuses", [[500, 503, 429], ["drop"], [429, "drop", 500]])
+def test_a_busy_or_broken_server_is_asked_again(cluster, client, statuses):
+    cluster.faults["/experiments"] = list(statuses)
+    submit(client, settings())
+    assert cluster.faults["/experiments"] == [] and len(cluster.runs) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(401, "expired"), (403, "grpo doctor"), (404, "--namespace"), (409, "already")]
+)
+def test_a_refusal_says_how_to_mend_it(cluster, client, status, words):
+    cluster.faults["/runs"] = [status] * 9
+    with pytest.raises(ClusterError, match=words):
+        submit(client, settings())
+    assert not cluster.runs
+
+
+def test_a_server_that_stays_broken_is_given_up(cluster, client):
+    cluster.faults["/pipelines"] = [500] * 99
+    with pytest.raises(ClusterError, match="ml-pipeline"):
+        submit(client, settings())
+    assert cluster.counted("GET", "/pipelines") == connection.ATTEMPTS
+
+
+def test_an_expired_token_and_an_unreachable_host(cluster):
+    cluster.token = "good"
+    Connection(host=cluster.url, token="good").open()
+    with pytest.raises(ClusterError, match="expired"):
+        client = Connection(host=cluster.url, token="old").open()
+        runs(client, "f")
+    with pytest.raises(ClusterError, match="--host"):
+        client = Connection(host="http://127.0.0.1:9").open()
+        runs(client, "f")
+
+
+def test_what_only_this_machine_has_is_refused(client):
+    with pytest.raises(SettingsError, match="a pod cannot see"):
+        submit(client, settings(store="file:///tmp/x"))
+
+
+def test_a_long_fine_tune_becomes_a_chain(cluster, client, monkeypatch):
+    fit = iterations_that_fit(settings())
+    sent = submit(client, settings(iterations=2 * fit + 1))
+    seen = []
+    for _ in range(3):
+        run = cluster.runs[sent.run_id if not seen else seen[-1][0]]
+        version = cluster.versions[run["pipeline_version_reference"]["pipeline_version_id"]]
+        tasks = version["pipeline_spec"]["pipeline_spec"]["root"]["dag"]["tasks"]
+        constants = {name: task["inputs"]["parameters"] for name, task in tasks.items() if name == "submit-next"}
+        base = json.loads(tasks["configure"]["inputs"]["parameters"]["settings"]["runtimeValue"]["constant"])
+        remaining = int(constants["submit-next"]["remaining"]["runtimeValue"]["constant"]) if constants else 0
+        seen.append((run["run_id"], base["iterations"], remaining, base["start_from"]))
+        if not remaining:
+            break
+        cluster.runs[seen[-1][0]]["state"] = "SUCCEEDED"
+        monkeypatch.setattr("pipeline.chain.connect", lambda: client)
+        resolved = json.dumps({name: value for name, value in base.items() if name != "cluster"})
+        seen[-1] = (go_on(resolved, json.dumps(base["cluster"]), remaining), *seen[-1][1:])
+    assert [entry[1:] for entry in seen] == [(fit, fit + 1, "base"), (fit, 1, "latest"), (1, 0, "latest")]
+    assert settings_of(client, runs(client, "f")[-1]).iterations == 2 * fit + 1
+
+
+def test_resuming_does_what_remains(cluster, client, tmp_path, tiny_model):
+    from components.common.manifest import Manifest, manifest_key
+    from components.common.store import open_store
+
+    submit(client, settings(iterations=5))
+    (run,) = cluster.runs.values()
+    spec = cluster.versions[run["pipeline_version_reference"]["pipeline_version_id"]]["pipeline_spec"]
+    constant = spec["pipeline_spec"]["root"]["dag"]["tasks"]["configure"]["inputs"]["parameters"]["settings"]
+    store = open_store((tmp_path / "store").as_uri())
+    text = constant["runtimeValue"]["constant"].replace('"s3://bucket"', f'"{store.url}"')
+    constant["runtimeValue"]["constant"] = text
+    run["runtime_config"] = {"parameters": {"update_learning_rate": 3e-5}}
+    again = resumed(client, "f")
+    assert (again.iterations, again.start_from, again.update.learning_rate) == (5, "base", 3e-5)
+    empty = Manifest.model_validate({
+        "kind": "policy", "digest": "",
+        "producer": {"stage": "s", "key": "", "settings_digest": "", "code_version": ""},
+        "fine_tune": "f", "run": run["run_id"], "created": datetime.now(UTC), "store": store.url,
+    })  # fmt: skip
+    for iteration in (0, 1, 2):
+        store.put_bytes(empty.dump(), manifest_key("f", run["run_id"], iteration, "policy"))
+    again = resumed(client, "f")
+    assert (again.iterations, again.start_from) == (3, "latest")
+    with pytest.raises(ClusterError, match="no run to go on with"):
+        resumed(client, "other")
+
+
+def test_following_shows_our_tasks_until_the_end(cluster, client):
+    sent = submit(client, settings())
+    details = [
+        {"display_name": "root", "state": "RUNNING"},
+        {"display_name": "configure", "state": "SUCCEEDED", "start_time": "2026-01-01T00:00:01Z"},
+        {"display_name": "update 0-driver", "state": "SUCCEEDED", "start_time": "2026-01-01T00:00:02Z"},
+        {
+            "display_name": "update 0",
+            "state": "FAILED",
+            "start_time": "2026-01-01T00:00:03Z",
+            "error": {"message": "x"},
+        },
+    ]
+    cluster.runs[sent.run_id]["run_details"] = {"task_details": details}
+    states = []
+    for run, tasks in follow(client, sent.run_id, poll_seconds=0):
+        states.append([(task.name, task.state) for task in tasks])
+        cluster.runs[sent.run_id]["state"] = "FAILED"
+        assert tasks == tasks_of(run)
+    assert states == [[("configure", "SUCCEEDED"), ("update 0", "FAILED")]] * 2
+
+
+def pod(name, stage="update", run="r", **status):
+    labels = {"pipeline/runid": run, "app.kubernetes.io/component": stage}
+    metadata = {"name": name, "namespace": "kubeflow", "labels": labels, "creationTimestamp": "2026-01-01T00:00:00Z"}
+    return {"metadata": metadata, "spec": {"containers": []}, "status": status}
+
+
+def test_the_log_of_a_stage(cluster, pods):
+    cluster.pods = [pod("one"), pod("other", stage="reward")]
+    cluster.logs["one"] = "first\nsecond\nthird"
+    assert list(pods.log("r", "update")) == ["first", "second", "third"]
+    assert list(pods.log("r", "update", tail=1)) == ["third"]
+    with pytest.raises(ClusterError, match="no pod of rollout left"):
+        list(pods.log("r", "rollout"))
+
+
+def test_a_pod_that_does_not_run_says_why(cluster, pods):
+    taint = "0/3 nodes are available: 3 node(s) had untolerated taint {nvidia.com/gpu: present}"
+    cluster.pods = [pod("one", conditions=[{"type": "PodScheduled", "status": "False", "message": taint}])]
+    text = "\n".join(pods.log("r", "update"))
+    assert taint in text and "has no log" in text
+    waiting = {"name": "main", "image": "x", "imageID": "", "ready": False, "restartCount": 0}
+    cluster.pods = [
+        pod("two", containerStatuses=[waiting | {"state": {"waiting": {"reason": "ImagePullBackOff", "message": "x"}}}])
+    ]
+    assert "ImagePullBackOff" in "\n".join(pods.log("r", "update"))
+    killed = {"terminated": {"reason": "OOMKilled", "exitCode": 137}}
+    cluster.pods = [pod("three", containerStatuses=[waiting | {"state": killed}])]
+    assert "raise cluster.update.memory" in "\n".join(pods.log("r", "update"))
+
+
+def test_cancelling_ends_the_run_and_its_train_jobs(cluster, client, pods):
+    sent = submit(client, settings())
+    for name, run in (("mine", sent.run_id), ("other", "x")):
+        cluster.train_jobs[name] = {"metadata": {"name": name, "labels": {"grpo-pipeline/run": run}}}
+    assert cancel(client, pods, sent.run_id) == ["mine"]
+    assert cluster.runs[sent.run_id]["state"] == "CANCELED" and set(cluster.train_jobs) == {"other"}
+    assert cancel(client, pods, sent.run_id) == []
+    assert cluster.counted("POST", ":terminate") == 1
+    with pytest.raises(ClusterError, match="not found"):
+        cancel(client, pods, "nothing")
+
+
+def test_a_schedule_never_catches_up_and_runs_one_at_a_time(cluster, client):
+    made = schedule(client, settings(), "30 3 * * 1-5", None)
+    (recurring,) = cluster.recurring.values()
+    assert recurring["trigger"]["cron_schedule"]["cron"] == "0 30 3 * * 1-5" == made.cron
+    assert recurring["no_catchup"] is True and str(recurring["max_concurrency"]) == "1"
+    version = cluster.versions[recurring["pipeline_version_reference"]["pipeline_version_id"]]
+    text = yaml.safe_dump(version["pipeline_spec"])
+    assert '"start_from":"champion"' in text and '"skip_unchanged_data":true' in text
+    assert [found.name for found in schedules(client)] == ["grpo-f"]
+    with pytest.raises(ClusterError, match="recurs already"):
+        schedule(client, settings(), "0 1 * * *", None)
+    assert [found.id for found in unschedule(client, "f")] == [made.id] and cluster.recurring == {}
+    with pytest.raises(ClusterError, match="no schedule"):
+        unschedule(client, "f")
+
+
+def test_a_schedule_is_one_run(client):
+    with pytest.raises(SettingsError, match="lower them to"):
+        schedule(client, settings(iterations=500), "0 3 * * *", None)
+
+
+WINTER, SUMMER = datetime(2026, 1, 15, tzinfo=UTC), datetime(2026, 7, 15, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("cron", "timezone", "at", "wanted"),
+    [
+        ("0 3 * * *", None, WINTER, "0 0 3 * * *"),
+        ("*/15 * * * 7", None, WINTER, "0 */15 * * * 0"),
+        ("0 3 * * *", "Europe/Berlin", WINTER, "0 0 2 * * *"),
+        ("0 3 * * *", "Europe/Berlin", SUMMER, "0 0 1 * * *"),
+        ("0 1 * * 1", "Europe/Berlin", SUMMER, "0 0 23 * * 0"),
+        ("30 22 * * 6", "America/New_York", WINTER, "0 30 3 * * 0"),
+        ("15 9 * * *", "Asia/Kolkata", WINTER, "0 45 3 * * *"),
+        ("*/5 * * * *", "UTC", WINTER, "0 */5 * * * *"),
+    ],
+)
+def test_cron_in_a_time_zone(cron, timezone, at, wanted):
+    assert six_fields(cron, timezone, at=at) == wanted
+
+
+@pytest.mark.parametrize(
+    ("cron", "timezone", "words"),
+    [
+        ("0 3 * *", None, "five fields"),
+        ("61 3 * * *", None, "minute wants 0-59"),
+        ("0 24 * * *", None, "hour wants 0-23"),
+        ("0 x * * *", None, "hour wants"),
+        ("0 3 * * *", "Mars/Olympus", "no zone"),
+        ("0 */2 * * *", "Europe/Berlin", "in UTC"),
+        ("0 0 1 * *", "Europe/Berlin", "another day"),
+        ("0 0 * * 1-5", "Europe/Berlin", "weekdays"),
+    ],
+)
+def test_a_cron_that_cannot_be_kept_is_refused(cron, timezone, words):
+    with pytest.raises(SettingsError, match=words):
+        six_fields(cron, timezone, at=SUMMER)

@@ -135,7 +135,8 @@ class Case:
 
     def arguments(self, inputs: dict[str, Path], scored: Path, *, iteration: int = 0, **changes: Any) -> dict[str, Any]:
         """Keyword arguments of `run`."""
-        outputs = {name: self.folder / f"{self.run_name}-{name}-{iteration}.json" for name in ("next_policy", "next_optimizer")}
+        names = ("next_policy", "next_optimizer")
+        outputs = {name: self.folder / f"{self.run_name}-{name}-{iteration}.json" for name in names}
         return {
             "settings": self.settings_text(**changes), "iteration": iteration, **inputs, "scored": scored, **outputs
         }  # fmt: skip

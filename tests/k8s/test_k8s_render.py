@@ -44,3 +44,28 @@ def test_every_component_and_base_is_used_or_offered(k8s: Path) -> None:
 
 def test_local_objects_are_not_applied(objects: list[dict]) -> None:
     assert "grpo-site" not in {item["metadata"]["name"] for item in objects}
+
+
+@pytest.mark.parametrize(("overlay_name", "namespace"), [("profile", "grpo"), ("standalone", "kubeflow")])
+def test_every_component_can_be_listed(k8s: Path, tmp_path: Path, overlay_name: str, namespace: str) -> None:
+    """An overlay with all opt-in components builds, and what they add lands in the namespace of the runs."""
+    if not shutil.which("kubectl"):
+        pytest.skip("kubectl is not installed: nothing here can build a new overlay")
+    copy = tmp_path / "k8s"
+    shutil.copytree(k8s, copy, ignore=shutil.ignore_patterns("rendered", "kind", "third-party"))
+    path = copy / "overlays" / overlay_name / "kustomization.yaml"
+    content = yaml.safe_load(path.read_text())
+    optional = ["hub-egress", "external-object-storage", "shared-cache"]
+    content["components"] = [f"../../components/{name}" for name in optional] + content["components"]
+    path.write_text(yaml.safe_dump(content))
+    done = subprocess.run(["kubectl", "kustomize", str(path.parent)], check=True, capture_output=True, text=True)
+    added = {(item["kind"], item["metadata"]["name"]): item for item in yaml.safe_load_all(done.stdout)}
+    for kind, name in [("NetworkPolicy", "grpo-hub-egress"), ("NetworkPolicy", "grpo-external-object-storage"),
+                       ("PersistentVolumeClaim", "grpo-cache")]:  # fmt: skip
+        assert added[kind, name]["metadata"]["namespace"] == namespace
+    assert added["NetworkPolicy", "external-object-storage"]["metadata"]["namespace"] == "grpo-tracking"
+    assert "AWS_ENDPOINT_URL_S3" not in added["ConfigMap", "grpo-config"]["data"]
+    assert "MLFLOW_S3_ENDPOINT_URL" not in added["ConfigMap", "mlflow"]["data"]
+    node = added["TrainingRuntime", "grpo-update"]["spec"]["template"]["spec"]["replicatedJobs"][0]
+    (cache,) = [item for item in node["template"]["spec"]["template"]["spec"]["volumes"] if item["name"] == "cache"]
+    assert cache["persistentVolumeClaim"] == {"claimName": "grpo-cache"}

@@ -1,4 +1,4 @@
-"""What a rollout tells about itself: metrics under TRL's names, and the sampling settings for later stages."""
+"""What a rollout tells about itself: its metrics, and the sampling settings for later stages."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -14,29 +14,24 @@ def split_metrics(split: str, groups: Sequence[Group], samples: Mapping[Key, Seq
     """Counts and lengths of one split; lengths in tokens, over the samples that could be drawn."""
     rows = [sample for group in groups for sample in samples[group.key]]
     good = [sample for sample in rows if sample.finish_reason != "error"]
-    prefix = "" if split == "train" else f"{split}_"
-    metrics = {
-        f"rollout/{prefix}num_completions": float(len(rows)),
-        f"rollout/{prefix}num_failed": float(len(rows) - len(good)),
-    }
+    name = "rollout/" if split == "train" else f"rollout/{split}_"
+    metrics = {f"{name}num_completions": float(len(rows)), f"{name}num_failed": float(len(rows) - len(good))}
     if good:
         lengths = [len(sample.completion_ids) for sample in good]
         metrics |= {
-            f"{prefix}completions/mean_length": sum(lengths) / len(lengths),
-            f"{prefix}completions/min_length": float(min(lengths)),
-            f"{prefix}completions/max_length": float(max(lengths)),
-            f"{prefix}completions/clipped_ratio": sum(s.finish_reason == "length" for s in good) / len(good),
-            f"rollout/{prefix}num_tokens": float(sum(lengths)),
+            f"{name}num_tokens": float(sum(lengths)),
+            f"{name}mean_length": sum(lengths) / len(lengths),
+            f"{name}clipped_ratio": sum(sample.finish_reason == "length" for sample in good) / len(good),
         }
     return metrics
 
 
 def warn_if_truncated(metrics: Mapping[str, float]) -> None:
     """Says so when no training completion came to its end: nothing can be learnt from how they end."""
-    if metrics.get("completions/clipped_ratio") == 1:
+    if metrics.get("rollout/clipped_ratio") == 1:
         log.warning(
             "every completion was cut at %d tokens: raise rollout.max_completion_length, or check that the policy's "
-            "end token is among its stop tokens", int(metrics["completions/max_length"]),
+            "end token is among its stop tokens", int(metrics["rollout/mean_length"]),
         )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components.common.errors import DataError, DigestMismatch
-from components.common.manifest import File, Manifest, content_digest, file_digest
+from components.common.manifest import Manifest, content_digest, file_digest
 
 if TYPE_CHECKING:
     import torch
@@ -137,5 +137,5 @@ def proven_digest(manifest: Manifest, policy: Path, loaded: Mapping[str, str]) -
                 f"the engine loaded another {file.name} than the policy's: want {file.digest}, got {digest}; "
                 f"something changed {policy / file.name} after it was fetched: clear that cache and run the stage again"
             )
-        entries.append(File(name=file.name, size=(policy / file.name).stat().st_size, digest=digest, key=file.key))
+        entries.append(file.model_copy(update={"digest": digest, "size": (policy / file.name).stat().st_size}))
     return content_digest(manifest.kind, entries)

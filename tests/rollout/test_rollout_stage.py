@@ -39,8 +39,8 @@ def test_one_job_samples_train_and_eval_prompts(make_job):
     assert len({row["seed"] for row in rows}) == len(rows)
     lengths = [len(row["completion_ids"]) for row in rows]
     clipped = Counter(row["finish_reason"] for row in rows)["length"] / len(rows)
-    assert manifest.metrics["completions/mean_length"] == pytest.approx(sum(lengths) / len(lengths))
-    assert manifest.metrics["completions/clipped_ratio"] == pytest.approx(clipped)
+    assert manifest.metrics["rollout/mean_length"] == pytest.approx(sum(lengths) / len(lengths))
+    assert manifest.metrics["rollout/clipped_ratio"] == pytest.approx(clipped)
     assert manifest.metrics["rollout/num_completions"] == 36
     assert manifest.metadata["sampling"]["temperature"] == 1.0
     assert manifest.metadata["proof"] == "bytes"

@@ -89,7 +89,7 @@ def _name_in(query):
 
 def _ir(body):
     text = body.split(b"\r\n\r\n", 1)[1].rsplit(b"\r\n--", 1)[0].decode()
-    pipeline, *platform = list(yaml.safe_load_all(text))
+    pipeline, *platform = list(yaml.load_all(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
     return {"pipeline_spec": pipeline, "platform_spec": platform[0]} if platform else pipeline
 
 

@@ -12,7 +12,7 @@ from components.common.errors import SettingsError
 from components.common.settings import validate
 from components.configure.config import RunSettings
 from components.configure.form import form_fields
-from pipeline.compiling import MAX_TASKS, compile_to, iterations_that_fit, task_count
+from pipeline.compiling import LOADER, MAX_TASKS, compile_to, iterations_that_fit, task_count
 from pipeline.settings import PipelineSettings
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ def settings(**changes):
 
 def compiled(tmp_path, **changes):
     compile_to(settings(**changes), tmp_path / "pipeline.yaml")
-    ir, *platform = yaml.safe_load_all((tmp_path / "pipeline.yaml").read_text())
+    ir, *platform = yaml.load_all((tmp_path / "pipeline.yaml").read_text(), LOADER)
     return ir, (platform[0]["platforms"]["kubernetes"]["deploymentSpec"]["executors"] if platform else {})
 
 

@@ -103,6 +103,7 @@ def test_nothing_complains_and_nothing_sticks_out(show, width, scheme):
     page.run("new Promise((done) => setTimeout(done, 100))")
     assert page.run("document.documentElement.scrollWidth") <= width
     assert page.run("document.querySelectorAll('.detail').length") == 25
+    assert page.run("[...document.querySelectorAll('pre')].every((part) => part.scrollWidth <= part.clientWidth)")
     assert page.complaints == []
 
 

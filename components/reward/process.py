@@ -89,11 +89,15 @@ class Worker:
             raise WorkerLost("its process answered out of turn")
         return scores, errors
 
-    def close(self) -> None:
-        """Ends the worker and everything it started."""
+    def kill(self) -> None:
+        """Ends the worker and everything it started; whoever waits for its reply learns that it is lost."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
+
+    def close(self) -> None:
+        """Ends the worker and forgets it."""
+        self.kill()
         self.process.wait()
         self.connection.close()
 

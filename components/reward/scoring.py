@@ -3,22 +3,18 @@
 # N completions, F reward functions
 """
 
-import contextlib
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from components.common.errors import DataError, StageError
 from components.common.records import completion_fields, data_columns, iter_groups
-from components.reward.config import RewardFunction, RewardSettings
-from components.reward.process import Worker, WorkerLost
-from components.reward.resolve import NotUsable, bind
-from components.reward.sandbox import unreadable
+from components.reward.config import RewardFunction
+from components.reward.crew import Crew
+from components.reward.process import WorkerLost
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,91 +29,6 @@ class Scores:
 
     values_N: list[float | None]
     errors: dict[int, str] = field(default_factory=dict)
-
-
-class Crew:
-    """The workers of a stage: starts them as needed, checks every function before anything is scored."""
-
-    def __init__(self, settings: RewardSettings, folder: Path) -> None:
-        self.settings = settings
-        self.folder = folder
-        self.parameters: dict[str, dict[str, str]] = {}
-        self._idle: dict[str, list[Worker]] = {function.title: [] for function in settings.functions}
-        self._lock = threading.Lock()
-        self._lost = 0
-
-    def check(self, data: list[str]) -> list[str]:
-        """Loads every function and binds its parameters to columns; gives what of the confinement could not be had.
-
-        Raises:
-            DataError: a function is missing or cannot be called with the columns `data`; every problem at once.
-        """
-        problems: list[str] = []
-        missing: list[str] = []
-        workers = [Worker(function, self.settings, self.folder) for function in self.settings.functions]
-        for worker in workers:
-            function = worker.function
-            self._idle[function.title].append(worker)
-            try:
-                wanted, missing = worker.ready()
-                self.parameters[function.title] = bind(wanted, data, function.columns, function.arguments)
-            except NotUsable as error:
-                problems.append(f"reward function {function.name}: {error}")
-        if problems:
-            raise DataError("\n".join(problems))
-        return missing
-
-    def take(self, function: RewardFunction) -> Worker:
-        """A worker of this function that is ready; an idle one, or a new one."""
-        with self._lock:
-            if self._idle[function.title]:
-                return self._idle[function.title].pop()
-        worker = Worker(function, self.settings, self.folder)
-        try:
-            worker.ready()
-        except NotUsable as error:
-            worker.close()
-            raise StageError(f"reward function {function.name} started before and does not now: {error}") from None
-        return worker
-
-    def give_back(self, worker: Worker) -> None:
-        """Keeps a worker for the next batch."""
-        with self._lock:
-            self._idle[worker.function.title].append(worker)
-
-    def count_lost(self, function: RewardFunction, reason: str) -> None:
-        """Counts a hang or crash.
-
-        Raises:
-            StageError: there were too many.
-        """
-        with self._lock:
-            self._lost += 1
-            lost = self._lost
-        if lost > self.settings.max_lost_workers:
-            raise StageError(
-                f"reward functions hung or crashed {lost} times, last {function.name}: {reason}; "
-                "mend the function, or raise reward.max_lost_workers"
-            )
-
-    def dismiss(self, function: RewardFunction) -> None:
-        """Ends this function's idle workers."""
-        with self._lock:
-            workers, self._idle[function.title] = self._idle[function.title], []
-        for worker in workers:
-            worker.close()
-
-
-@contextlib.contextmanager
-def crew(settings: RewardSettings, folder: Path) -> Iterator[Crew]:
-    """Workers for a while; all of them have ended afterwards."""
-    found = Crew(settings, folder)
-    with unreadable():
-        try:
-            yield found
-        finally:
-            for function in settings.functions:
-                found.dismiss(function)
 
 
 def score_table(crew: Crew, table: "pa.Table", progress: Progress) -> list[Scores]:
@@ -143,15 +54,16 @@ def score_table(crew: Crew, table: "pa.Table", progress: Progress) -> list[Score
 
     num_workers = min(crew.settings.num_workers or len(os.sched_getaffinity(0)), max(1, len(batches)))
     with ThreadPoolExecutor(num_workers) as pool:
-        for function, scores in zip(functions, results, strict=True):
-            tasks = [pool.submit(work, function, scores, *batch) for batch in batches]
-            try:
+        try:
+            for function, scores in zip(functions, results, strict=True):
+                tasks = [pool.submit(work, function, scores, *batch) for batch in batches]
                 for task in tasks:
                     task.result()
-            finally:
-                for task in tasks:
-                    task.cancel()
-            crew.dismiss(function)
+                crew.dismiss(function)
+        except BaseException:  # a failed task or Ctrl-C: nobody waits for the others
+            pool.shutdown(wait=False, cancel_futures=True)
+            crew.stop()
+            raise
     return results
 
 
@@ -192,9 +104,8 @@ def _score_batch(crew: Crew, function: RewardFunction, rows: "pa.Table") -> tupl
 def _ask(
     crew: Crew, function: RewardFunction, inputs: "pa.Table", seconds: float
 ) -> tuple[list[float | None], dict[int, str]]:
-    worker = crew.take(function)
-    values, errors = worker.score(_encoded(inputs), inputs.num_rows, seconds)
-    crew.give_back(worker)
+    with crew.worker(function) as worker:
+        values, errors = worker.score(_encoded(inputs), inputs.num_rows, seconds)
     return [crew.settings.error_score if row in errors else value for row, value in enumerate(values)], errors
 
 

@@ -66,7 +66,8 @@ def _reward(stage: Stage[RewardSettings]) -> None:
 
 
 def _score(stage: Stage[RewardSettings], table: "pa.Table") -> "list[Scores]":
-    from components.reward.scoring import crew, own_columns, score_table
+    from components.reward.crew import crew
+    from components.reward.scoring import own_columns, score_table
 
     folder = stage.work_dir / "workers"
     folder.mkdir()

@@ -2,12 +2,18 @@
 
 import math
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from components.common.errors import DataError, SettingsError, StageError
+from components.common.settings import dump_stage
 from components.reward import landlock
+from components.reward.config import RewardSettings
 
 QUICK = {"timeout_seconds": 1.5, "batch_timeout_seconds": 2.0}
 
@@ -304,3 +310,47 @@ def test_what_a_dishonest_function_answers_is_not_believed(case, rows_of):
     rows = case.score(rows_of("p", ["a", "b"]), functions=[{"name": f"{name}:forge"}])
     assert {row["error"] for row in rows} == {"forge: its process answered out of turn"}
     assert math.isclose(sum(row["reward"] for row in rows), 0)
+
+
+HANGING_STAGE = """
+import sys
+from pathlib import Path
+from components.reward.stage import run
+run(Path(sys.argv[1]).read_text(), [Path(sys.argv[2])], Path(sys.argv[3]))
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_workers_die_with_the_stage(end, case, rows_of, tmp_path, monkeypatch):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    name = case.write("import time\ndef hang(completions):\n    time.sleep(600)")
+    settings = tmp_path / "settings.json"
+    settings.write_text(dump_stage(case.context, RewardSettings(functions=[{"name": f"{name}:hang"}])))
+    shard = case.rollout(train=rows_of("p", ["a"]))
+    command = [sys.executable, "-c", HANGING_STAGE, settings, shard, tmp_path / "scored.json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as stage:
+        wait_until(lambda: workers_below(scratch))
+        stage.send_signal(end)
+        stage.communicate(timeout=30)
+    wait_until(lambda: not workers_below(scratch))
+
+
+def workers_below(folder):
+    """Processes that work in a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cwd"):
+        try:
+            found += [path] if path.readlink().is_relative_to(folder) else []
+        except OSError:  # it ended meanwhile, or is not ours
+            continue
+    return found
+
+
+def wait_until(condition, seconds=30.0):
+    """Waits for a condition that must come true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true"
+        time.sleep(0.05)

@@ -29,22 +29,46 @@ def choose(prompt_ids: Sequence[str], *, seed: int, num_prompts: int, iteration:
 
     check_enough(len(prompt_ids), num_prompts)
     keys_N = prompt_keys(prompt_ids)
-    epoch = 0
-    pending = np.argsort(ranks(keys_N, seed, epoch), kind="stable")
-    remaining = iteration
+    epoch, pending = _walk(keys_N, seed, num_prompts, iteration)
+    if len(pending) < num_prompts:
+        pending = np.concatenate(_over_the_end(keys_N, seed, num_prompts, epoch, pending)[0])
+    return pending[:num_prompts].tolist()
+
+
+def visits_before(keys_N: "np.ndarray", *, seed: int, num_prompts: int, iteration: int) -> "np.ndarray":
+    """How often each prompt was drawn in the iterations before, int64 (N,)."""
+    import numpy as np
+
+    epoch, pending = _walk(keys_N, seed, num_prompts, iteration)
+    visits_N = np.full(len(keys_N), epoch + 1, dtype=np.int64)
+    visits_N[pending] = epoch
+    return visits_N
+
+
+def _walk(keys_N: "np.ndarray", seed: int, num_prompts: int, iteration: int) -> "tuple[int, np.ndarray]":
+    """The epoch an iteration starts in, and that epoch's prompts that are still to be drawn, in their order."""
+    import numpy as np
+
+    epoch, pending = 0, np.argsort(ranks(keys_N, seed, 0), kind="stable")
     while True:
-        whole = min(remaining, len(pending) // num_prompts)
+        whole = min(iteration, len(pending) // num_prompts)
         pending = pending[whole * num_prompts :]
-        remaining -= whole
-        if len(pending) >= num_prompts:
-            return pending[:num_prompts].tolist()
-        epoch += 1
-        following = np.argsort(ranks(keys_N, seed, epoch), kind="stable")
-        fresh = following[~np.isin(following, pending)][: num_prompts - len(pending)]
-        if remaining == 0:
-            return np.concatenate([pending, fresh]).tolist()
-        pending = following[~np.isin(following, fresh)]
-        remaining -= 1
+        iteration -= whole
+        if iteration == 0:
+            return epoch, pending
+        _, pending = _over_the_end(keys_N, seed, num_prompts, epoch, pending)
+        epoch, iteration = epoch + 1, iteration - 1
+
+
+def _over_the_end(
+    keys_N: "np.ndarray", seed: int, num_prompts: int, epoch: int, pending: "np.ndarray"
+) -> "tuple[tuple[np.ndarray, np.ndarray], np.ndarray]":
+    """The iteration that takes the last prompts of an epoch and first others of the next; what the next has left."""
+    import numpy as np
+
+    following = np.argsort(ranks(keys_N, seed, epoch + 1), kind="stable")
+    fresh = following[~np.isin(following, pending)][: num_prompts - len(pending)]
+    return (pending, fresh), following[~np.isin(following, fresh)]
 
 
 def check_enough(num_train: int, num_prompts: int) -> None:

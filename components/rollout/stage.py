@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from components.common.errors import StageError
 from components.common.settings import load_stage
@@ -53,7 +53,7 @@ def _rollout(stage: Stage[RolloutSettings]) -> None:
 
     _check_policy(stage)
     folder, tables = stage.fetch("policy"), _read_prompts(stage)
-    groups = _plan(stage, tables, stop_tokens(folder))
+    groups, carried = _plan(stage, tables, stop_tokens(folder))
     check_fits(groups, context=context_length(folder), vocabulary=vocabulary_size(folder))
     digest, context = stage.manifest("policy").digest, stage.context
     place = f"partial/{context.fine_tune}/{context.run}/{stage.iteration:04d}/rollout-{stage.shard:02d}/"
@@ -64,7 +64,7 @@ def _rollout(stage: Stage[RolloutSettings]) -> None:
     if collection.finished:
         log.info("%s: %d of %d groups were finished before", stage.task, len(collection.finished), len(groups))
     figures, metadata = _draw(stage, folder, collection)
-    _publish(stage, folder, tables, groups, collection, figures, metadata)
+    _publish(stage, folder, tables, groups, collection, figures, metadata | carried)
     saved.clear()
 
 
@@ -87,17 +87,21 @@ def _read_prompts(stage: Stage[RolloutSettings]) -> "dict[str, pa.Table]":
     return {split: read_table(path, prompt_fields()) for split, path in found.items() if path.exists()}
 
 
-def _plan(stage: Stage[RolloutSettings], tables: "Mapping[str, pa.Table]", ends: Sequence[int]) -> "list[Group]":
-    """Groups of this shard: the iteration's train prompts, and the held-out ones when they are due."""
+def _plan(
+    stage: Stage[RolloutSettings], tables: "Mapping[str, pa.Table]", ends: Sequence[int]
+) -> "tuple[list[Group], dict[str, Any]]":
+    """Groups of this shard: the iteration's train prompts, and the held-out ones when they are due.
+
+    Beside them the metadata that the choice of later prompts rests on.
+    """
     from components.rollout import plan
-    from components.rollout.prompts import choose, share
+    from components.rollout.prompts import share
 
     settings, context, iteration = stage.settings, stage.context, stage.iteration
-    groups = []
+    groups, carried = [], {}
     if plan.train_is_due(context, iteration):
         table = tables["train"]
-        names = table.column("prompt_id").to_pylist()
-        chosen = choose(names, seed=context.seed, num_prompts=settings.num_prompts, iteration=iteration)
+        chosen, carried = _choose(stage, table.column("prompt_id").to_pylist())
         groups += plan.make_groups(
             "train", table, share(chosen, stage.shard, context.shards), size=settings.group_size,
             sampling=plan.train_sampling(settings, ends), seed=context.seed, iteration=iteration,
@@ -108,7 +112,22 @@ def _plan(stage: Stage[RolloutSettings], tables: "Mapping[str, pa.Table]", ends:
             "eval", table, plan.shard_rows(len(table), context, stage.shard), size=settings.eval_group_size,
             sampling=plan.eval_sampling(settings, ends), seed=context.seed, iteration=iteration,
         )  # fmt: skip
-    return groups
+    return groups, carried
+
+
+def _choose(stage: Stage[RolloutSettings], names: Sequence[str]) -> tuple[list[int], dict[str, Any]]:
+    """Rows of the iteration's train prompts, over all shards."""
+    settings = stage.settings
+    if settings.curriculum_weight == 1:
+        from components.rollout.prompts import choose
+
+        seed, num_prompts = stage.context.seed, settings.num_prompts
+        return choose(names, seed=seed, num_prompts=num_prompts, iteration=stage.iteration), {}
+    from components.rollout.curriculum import choose_by_outcome
+
+    chosen, carried, postponed = choose_by_outcome(stage, names)
+    log.info("%s: %d prompts of the last iteration are postponed", stage.task, postponed)
+    return chosen, carried
 
 
 def _draw(stage: Stage[RolloutSettings], folder: Path, collection: "Collection") -> tuple[dict, dict]:

@@ -1,7 +1,6 @@
 """Settings of the reward stage: which functions score, with which weights, inside which limits."""
 
 import ast
-import difflib
 import re
 from collections import Counter
 from pathlib import Path
@@ -11,18 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from components.common.errors import SettingsError
 from components.common.settings import Settings
-
-BUILT_IN = {
-    "exact_match": "components.reward.functions.matching:exact_match",
-    "numeric_match": "components.reward.functions.matching:numeric_match",
-    "math_verify": "components.reward.functions.equivalence:math_verify",
-    "regex_format": "components.reward.functions.formats:regex_format",
-    "think_format": "components.reward.functions.formats:think_format",
-    "length_penalty": "components.reward.functions.penalties:length_penalty",
-    "repetition_penalty": "components.reward.functions.penalties:repetition_penalty",
-    "soft_overlong": "components.reward.functions.penalties:soft_overlong",
-}
-"""Built-in reward functions: name → where it is defined."""
+from components.reward.names import BUILT_IN, nearest
 
 LABEL_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 
@@ -174,11 +162,3 @@ def _defined_names(tree: ast.Module) -> set[str]:
             names.update(part.id for part in stored if isinstance(part.ctx, ast.Store))
             statements.extend(child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt))
     return names
-
-
-def nearest(name: str, known: Any) -> str:
-    """`; did you mean …?` for a misspelt name, or the names there are when none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {near[0]}?"
-    return f"; there are {', '.join(sorted(known))}" if known else ""

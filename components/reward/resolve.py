@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from components.reward.config import BUILT_IN, nearest
+from components.reward.names import BUILT_IN, nearest
 
 Function = Callable[..., Any]
 

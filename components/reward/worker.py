@@ -4,8 +4,8 @@ Started as `python -m components.reward.worker FD`, FD being its end of a socket
 JSON; then batches, as Arrow tables whose columns are the function's parameters. Replies: scores and errors, as JSON.
 """
 
-import asyncio
 import inspect
+import json
 import math
 import os
 import socket
@@ -22,8 +22,6 @@ Rows = dict[str, list[Any]]
 
 def main(descriptor: int) -> None:
     """Serves one function until the other side closes the connection."""
-    import json
-
     os.set_inheritable(descriptor, False)
     connection = socket.socket(fileno=descriptor)
     order = json.loads(receive(connection) or b"{}")
@@ -40,10 +38,16 @@ def main(descriptor: int) -> None:
 
     def call(rows: Rows) -> Any:
         found = function(**(_as_messages(rows) if messages else rows), **arguments)
-        return asyncio.run(found) if inspect.isawaitable(found) else found
+        return _finished(found) if inspect.isawaitable(found) else found
 
     while (batch := receive(connection)) is not None:
         send_json(connection, score(call, _rows(batch)))
+
+
+def _finished(awaitable: Any) -> Any:
+    import asyncio  # only those who need it pay for its import
+
+    return asyncio.run(awaitable)
 
 
 def score(call: Callable[[Rows], Any], rows: Rows) -> dict[str, Any]:

@@ -4,7 +4,8 @@ import pytest
 
 from components.common.errors import SettingsError
 from components.common.settings import RunContext, dump_stage, load_stage, validate
-from components.reward.config import BUILT_IN, RewardFunction, RewardSettings
+from components.reward.config import RewardFunction, RewardSettings
+from components.reward.names import BUILT_IN
 from components.reward.resolve import load, parameters
 
 

@@ -1,0 +1,305 @@
+"""History, descent and garbage: a small fine-tune written as the stages write it."""
+
+import json
+import os
+import threading
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from components.common import artifacts, gc, lineage
+from components.common.errors import ArtifactError, ArtifactNotFound, SettingsError
+from components.common.integrity import blob_key
+from components.common.manifest import Kind, Manifest, Producer, file_digest
+from components.common.settings import RunContext
+from components.common.store import FileStore, Store
+
+LONG_AGO = timedelta(days=3)
+
+
+def context(run: str = "run-0001", fine_tune: str = "tune") -> RunContext:
+    return RunContext(fine_tune=fine_tune, run=run, store="", seed=0, iterations=8)
+
+
+class FineTune:
+    """Publishes artifacts whose files hold their own names."""
+
+    def __init__(self, store: Store, folder: Path, run: str = "run-0001", fine_tune: str = "tune") -> None:
+        self.store, self.folder, self.context = store, folder, context(run, fine_tune)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def make(self, kind: Kind, iteration: int | None, parents: dict[str, Manifest], text: str = "") -> Manifest:
+        path = self.folder / f"{kind}-{iteration}"
+        path.write_text(text or f"{self.context.fine_tune} {self.context.run} {kind} {iteration}")
+        producer = Producer(stage=kind, key=f"{kind} {iteration}", settings_digest="", code_version="1")
+        return artifacts.publish(
+            self.store, self.context, name=kind, kind=kind, files={"file": path}, producer=producer,
+            iteration=iteration, parents={role: manifest.digest for role, manifest in parents.items()},
+        )  # fmt: skip
+
+    def train(self, iterations: int) -> dict[str, Manifest]:
+        made = {"prompts": self.make("prompts", None, {}), "policy0": self.make("policy", 0, {})}
+        for k in range(iterations):
+            policy = made[f"policy{k}"]
+            rollout = self.make("rollout", k, {"policy": policy, "prompts": made["prompts"]})
+            scored = made[f"scored{k}"] = self.make("scored", k, {"completions": rollout})
+            made[f"policy{k + 1}"] = self.make("policy", k + 1, {"policy": policy, "scored": scored})
+            made[f"evaluation{k}"] = self.make("evaluation", k, {"scored": scored})
+        return made
+
+
+def age(store: FileStore, by: timedelta = LONG_AGO) -> None:
+    """Makes everything written so far look older."""
+    for path in (store.root / "blobs").rglob("*"):
+        if path.is_file():
+            then = path.stat().st_mtime - by.total_seconds()
+            os.utime(path, (then, then))
+
+
+def blobs(store: Store) -> set[str]:
+    return {stat.key for stat in store.list("blobs/")}
+
+
+def keys(*manifests: Manifest) -> set[str]:
+    return {file.key for manifest in manifests for file in manifest.files}
+
+
+# --- lineage --------------------------------------------------------------------------------------------------------
+
+
+def test_the_history_is_rebuilt_from_the_store_alone(store: Store, tmp_path: Path) -> None:
+    FineTune(store, tmp_path / "files").train(2)
+    FineTune(store, tmp_path / "others", fine_tune="tune-b").train(1)
+    names = {one.name for one in lineage.history(store, "tune/")}
+    assert names == {
+        "tune/run-0001/run/prompts", "tune/run-0001/0000/policy", "tune/run-0001/0001/policy",
+        "tune/run-0001/0002/policy",
+        "tune/run-0001/0000/rollout", "tune/run-0001/0001/rollout", "tune/run-0001/0000/scored",
+        "tune/run-0001/0001/scored", "tune/run-0001/0000/evaluation", "tune/run-0001/0001/evaluation",
+    }  # fmt: skip
+    assert len(lineage.history(store)) == 10 + 6
+
+
+def test_a_policy_is_traced_back_to_its_prompts(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    FineTune(store, tmp_path / "files").train(2)
+    root = lineage.lineage(lineage.history(store), lineage.find(store, "tune/run-0001/0002/policy"))
+    seen = [(node.role, node.found.name.split("/", 2)[2] if node.found else None) for node in lineage.walk(root)]
+    assert seen == [
+        ("", "0002/policy"),
+        ("policy", "0001/policy"),
+        ("policy", "0000/policy"),
+        ("scored", "0000/scored"),
+        ("completions", "0000/rollout"),
+        ("policy", "0000/policy"),
+        ("prompts", "run/prompts"),
+        ("scored", "0001/scored"),
+        ("completions", "0001/rollout"),
+        ("policy", "0001/policy"),
+        ("prompts", "run/prompts"),
+    ]
+
+
+def test_an_unchanged_policy_is_not_its_own_ancestor(tmp_path: Path) -> None:
+    tune = FineTune(FileStore(tmp_path / "store"), tmp_path / "files")
+    first = tune.make("policy", 0, {}, text="same")
+    second = tune.make("policy", 1, {"policy": first}, text="same")
+    third = tune.make("policy", 2, {"policy": second}, text="same")
+    assert first.digest == third.digest
+    root = lineage.lineage(lineage.history(tune.store), lineage.find(tune.store, "tune/run-0001/0002/policy"))
+    assert [node.found.manifest.iteration for node in lineage.walk(root) if node.found] == [2, 1, 0]
+
+
+def test_what_the_store_lacks_is_named_by_its_digest(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    made = FineTune(store, tmp_path / "files").train(1)
+    store.delete("manifests/tune/run-0001/run/prompts.json")
+    root = lineage.lineage(lineage.history(store), lineage.find(store, "tune/run-0001/0001/policy"))
+    assert [node.digest for node in lineage.walk(root) if node.found is None] == [made["prompts"].digest]
+
+
+def test_an_artifact_is_found_by_name_file_and_digest(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    made = FineTune(store, tmp_path / "files").train(1)
+    policy = made["policy1"]
+    (tmp_path / "manifest.json").write_bytes(policy.dump())
+    for reference in (
+        "tune/run-0001/0001/policy", "manifests/tune/run-0001/0001/policy.json", policy.digest,
+        policy.digest.removeprefix("blake3:")[:10], str(tmp_path / "manifest.json"),
+    ):  # fmt: skip
+        assert lineage.find(store, reference).manifest == policy
+    with pytest.raises(ArtifactNotFound, match="`grpo artifacts ls` names them all"):
+        lineage.find(store, "tune/run-0001/0009/policy")
+
+
+# --- garbage --------------------------------------------------------------------------------------------------------
+
+
+def test_old_weights_go_and_the_history_stays(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    made = FineTune(store, tmp_path / "files").train(4)
+    age(store)
+    before = len(lineage.history(store))
+    plan = gc.plan(store, keep_last=2)
+    assert {stat.key for stat in plan.sweep} == keys(
+        *(made[f"policy{k}"] for k in range(3)), *(made[f"scored{k}"] for k in range(3))
+    ) | {stat.key for stat in plan.sweep if "rollout" in store.get_bytes(stat.key).decode()}
+    assert gc.sweep(store, plan) == plan.bytes > 0
+    kept = keys(*(made[name] for name in ("policy3", "policy4", "scored3", "prompts", "evaluation0", "evaluation3")))
+    assert kept <= blobs(store)
+    assert not keys(made["policy0"], made["policy2"], made["scored2"]) & blobs(store)
+    assert len(lineage.history(store)) == before
+
+
+def test_a_dry_plan_changes_nothing(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    FineTune(store, tmp_path / "files").train(4)
+    age(store)
+    before = blobs(store)
+    assert gc.plan(store, keep_last=1).sweep
+    assert blobs(store) == before
+
+
+def test_the_champion_stays_unless_told_otherwise(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    made = FineTune(store, tmp_path / "files").train(4)
+    store.put_bytes(
+        json.dumps({"manifest": "manifests/tune/run-0001/0001/policy.json"}).encode(), "pointers/tune/champion.json"
+    )
+    age(store)
+    assert not keys(made["policy1"]) & {stat.key for stat in gc.plan(store, keep_last=1).sweep}
+    assert keys(made["policy1"]) <= {stat.key for stat in gc.plan(store, keep_last=1, keep_champions=False).sweep}
+
+
+def test_what_a_kept_artifact_shares_with_an_old_one_stays(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    tune = FineTune(store, tmp_path / "files")
+    shared = tune.make("policy", 0, {}, text="tokenizer")
+    tune.make("policy", 1, {}, text="tokenizer")
+    age(store)
+    assert gc.plan(store, keep_last=1).sweep == []
+    assert keys(shared) == blobs(store)
+
+
+def test_the_newest_iterations_count_over_all_runs_of_a_fine_tune(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    old = FineTune(store, tmp_path / "a", run="run-0001").train(2)
+    for stat in list(store.list("manifests/")):  # made a day earlier than the second run's
+        values = json.loads(store.get_bytes(stat.key))
+        values["created"] = (datetime.fromisoformat(values["created"]) - timedelta(days=1)).isoformat()
+        store.put_bytes(json.dumps(values).encode(), stat.key)
+    new = FineTune(store, tmp_path / "b", run="run-0002").train(2)
+    other = FineTune(store, tmp_path / "c", fine_tune="other").train(2)
+    age(store)
+    swept = {stat.key for stat in gc.plan(store, keep_last=1).sweep}
+    assert keys(old["policy2"], new["policy1"], other["policy1"]) <= swept
+    assert not keys(new["policy2"], other["policy2"]) & swept
+
+
+def test_patches_and_their_full_copy_stay_with_the_policy_that_needs_them(tmp_path: Path) -> None:
+    from tests.common.test_artifact_policies import Chain, weights_of
+
+    store = FileStore(tmp_path / "store")
+    chain = Chain(store, tmp_path / "trained")
+    for _ in range(3):
+        chain.step()
+    age(store)
+    plan = gc.plan(store, keep_last=1)
+    assert set(weights_of(chain.policies[3]).keys) & {stat.key for stat in plan.sweep} == set()
+    gc.sweep(store, plan)
+    chain.check(3, tmp_path / "fetched")
+
+
+def test_young_blobs_wait(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    FineTune(store, tmp_path / "files").train(3)
+    plan = gc.plan(store, keep_last=1)
+    assert plan.sweep == [] and len(plan.young) == 9  # policies, rollouts and scored of iterations 0 to 2
+
+
+def test_a_blob_published_again_meanwhile_is_spared(tmp_path: Path) -> None:
+    """The collector has its plan; then a run publishes the same content again, and only then comes the sweep."""
+    store = FileStore(tmp_path / "store")
+    tune = FineTune(store, tmp_path / "files")
+    old = tune.make("policy", 0, {}, text="weights")
+    tune.make("policy", 1, {}, text="others")
+    age(store)
+    plan = gc.plan(store, keep_last=1)
+    assert {stat.key for stat in plan.sweep} == keys(old)
+    again = tune.make("policy", 2, {}, text="weights")
+    assert gc.sweep(store, plan) == 0
+    artifacts.fetch(store, again, tmp_path / "fetched")
+
+
+def test_publishing_and_collecting_at_once_lose_nothing(tmp_path: Path) -> None:
+    """One thread publishes content that is old garbage already; another collects without pause."""
+    store = FileStore(tmp_path / "store")
+    garbage = FineTune(store, tmp_path / "garbage", run="run-0001")
+    for number in range(30):
+        garbage.make("policy", number, {}, text=f"weights {number}")
+    age(store)
+    stop, freed = threading.Event(), []
+
+    def collect() -> None:
+        while not stop.is_set():
+            freed.append(gc.sweep(store, gc.plan(store, keep_last=1)))
+
+    collector = threading.Thread(target=collect)
+    collector.start()
+    try:
+        tune = FineTune(store, tmp_path / "files", fine_tune="other")
+        made = []
+        for number in range(30):
+            try:
+                made.append(tune.make("policy", number, {}, text=f"weights {number}"))
+            except ArtifactNotFound:  # said so before the manifest was written: nothing promises what is gone
+                made.append(tune.make("policy", number, {}, text=f"weights {number}"))
+    finally:
+        stop.set()
+        collector.join()
+    assert sum(freed) > 0
+    for number, manifest in enumerate(made):
+        artifacts.fetch(store, manifest, tmp_path / "fetched" / str(number))
+
+
+def test_nothing_goes_while_a_manifest_cannot_be_read(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    FineTune(store, tmp_path / "files").train(3)
+    store.put_bytes(b"{", "manifests/tune/run-0001/0000/broken.json")
+    age(store)
+    with pytest.raises(ArtifactError, match="is not a manifest"):
+        gc.plan(store, keep_last=1)
+    store.delete("manifests/tune/run-0001/0000/broken.json")
+    store.put_bytes(b"{", "pointers/tune/champion.json")
+    with pytest.raises(ArtifactError, match="is not a pointer"):
+        gc.plan(store, keep_last=1)
+
+
+def test_keeping_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="keep_last must be at least 1, got 0"):
+        gc.plan(FileStore(tmp_path), keep_last=0)
+
+
+def test_what_died_while_being_written_goes_too(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    FineTune(store, tmp_path / "files").train(1)
+    left = store.root / "blobs" / "blake3" / ".tmp-dead"
+    left.write_bytes(b"half")
+    age(store)
+    gc.sweep(store, gc.plan(store, keep_last=1))
+    assert not left.exists()
+
+
+def test_unfinished_uploads_of_a_bucket_go_too(rgw_store: Store, tmp_path: Path) -> None:
+    from components.common.s3_store import S3Store
+
+    assert isinstance(rgw_store, S3Store)
+    (tmp_path / "file").write_bytes(b"x")
+    key = blob_key(file_digest(tmp_path / "file"))
+    rgw_store.client.create_multipart_upload(**rgw_store.name(key))
+    assert len(list(rgw_store.unfinished())) == 1
+    gc.sweep(rgw_store, gc.plan(rgw_store, keep_last=1))
+    assert len(list(rgw_store.unfinished())) == 1  # young: someone may be at it
+    gc.sweep(rgw_store, gc.plan(rgw_store, keep_last=1, grace=timedelta(-1)), grace=timedelta(-1))
+    assert list(rgw_store.unfinished()) == []

@@ -6,7 +6,7 @@ Same weights (random, Qwen3 shape), same prompts and completions (lengths log-no
 shortest), same loss (`dapo`), AdamW, learning rate and clipping, one process, one optimizer step a batch, no reference
 model, no log-probabilities of an old policy on either side. Each side runs in a process of its own; TRL twice, with
 gradient checkpointing (its default) and without. Times are from the prepared batch to the end of the optimizer step;
-the first step is left out. TRL's micro-batch is `--rows` padded sequences, ours as many tokens as those have cells.
+the first step is left out. CPU seconds are printed beside: on a machine shared with others they say more. TRL's micro-batch is `--rows` padded sequences, ours as many tokens as those have cells.
 A token counts where it is real: prompt or completion, no padding.
 """
 
@@ -103,11 +103,11 @@ def measure_ours(folder: Path, arguments: argparse.Namespace) -> dict:
     trainer = Trainer(folder, job)
     (step,), engine, seconds = trainer._plan(), trainer._engine(), []
     for number in range(arguments.steps):
-        started = time.perf_counter()
+        started = clocks()
         trainer._step(engine, step, number)
         if device == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(since(started))
     return {"seconds": seconds, "bytes": peak_memory_bytes(torch.device(device))}
 
 
@@ -135,14 +135,14 @@ def measure_trl(folder: Path, arguments: argparse.Namespace) -> dict:
     class Timed(GRPOTrainer):
         def _generate_and_score_completions(self, inputs):
             prepared = super()._generate_and_score_completions(inputs)
-            started.append(time.perf_counter())
+            started.append(clocks())
             return prepared
 
     class Stopwatch(TrainerCallback):
         def on_step_end(self, *_, **__):
             if on_gpu:
                 torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - started[-1])
+            seconds.append(since(started[-1]))
 
     config = GRPOConfig(
         output_dir=str(folder / "trl"), loss_type="dapo", beta=0.0, learning_rate=LEARNING_RATE,
@@ -158,6 +158,15 @@ def measure_trl(folder: Path, arguments: argparse.Namespace) -> dict:
     )  # fmt: skip
     trainer.train()
     return {"seconds": seconds, "bytes": peak_memory_bytes(torch.device("cuda" if on_gpu else "cpu"))}
+
+
+def clocks() -> tuple[float, float]:
+    """Wall clock and this process's CPU time, seconds."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(started: tuple[float, float]) -> tuple[float, float]:
+    return tuple(now - then for now, then in zip(clocks(), started, strict=True))
 
 
 def run(side: str, folder: Path, extra: list[str]) -> dict:
@@ -216,15 +225,19 @@ def compare(folder: Path, arguments: argparse.Namespace) -> None:
         ("TRL", "trl", []),
     ):
         found = run(side, folder, extra)
-        found["rate"] = tokens / statistics.mean(found["seconds"][1:])
-        results[label] = found
-        steps = " ".join(f"{second:.2f}" for second in found["seconds"])
-        print(f"{label:>33}  {found['rate']:8.0f} tokens/s   peak {found['bytes'] / 2**30:5.2f} GiB   ({steps} s)")
-    for label in results:
+        counted = found["seconds"][1:] or found["seconds"]
+        wall, cpu = (statistics.mean(column) for column in zip(*counted, strict=True))
+        results[label] = {"rate": tokens / wall, "cpu_rate": tokens / cpu, "bytes": found["bytes"]}
+        print(
+            f"{label:>33}  {tokens / wall:8.1f} tokens/s   {tokens / cpu:8.1f} tokens/CPU-s   "
+            f"peak {found['bytes'] / 2**30:5.2f} GiB   ({wall:.2f} s, {cpu:.2f} CPU-s a step)", flush=True,
+        )  # fmt: skip
+    for label, theirs in results.items():
         if label.startswith("TRL"):
+            rate, cpu_rate, memory = (results["ours"][name] / theirs[name] for name in ("rate", "cpu_rate", "bytes"))
             print(
-                f"ours against {label}: {results['ours']['rate'] / results[label]['rate']:.2f}x the throughput, "
-                f"{results['ours']['bytes'] / results[label]['bytes']:.2f} of the peak memory"
+                f"ours against {label}: {rate:.2f}x the throughput ({cpu_rate:.2f}x a CPU second), "
+                f"{memory:.2f} of the peak memory"
             )
 
 

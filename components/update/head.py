@@ -28,6 +28,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from components.update.tied import TiedGradient
+
 TokenLoss = Callable[[Tensor, Tensor, slice], Tensor]
 
 CHUNK_BYTES = 192 * 2**20
@@ -47,14 +49,21 @@ class HeadLoss:
 
 
 def linear_logprobs(
-    hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, *, temperature: float = 1.0, chunk_bytes: int = CHUNK_BYTES
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    targets_N: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_bytes: int = CHUNK_BYTES,
+    tied: TiedGradient | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target under softmax(hidden @ weight.T / temperature), and that distribution's entropy.
 
-    Both (N,), nats. Differentiable in hidden states and weight; what needs no gradient costs none.
+    Both (N,), nats. Differentiable in hidden states and weight; what needs no gradient costs none. `tied`: the hidden
+    states come from a `TiedEmbedding` of the same weight.
     """
     _check(hidden_NH, weight_VH, targets_N, temperature)
-    return _LinearLogprobs.apply(hidden_NH, weight_VH, targets_N, temperature, chunk_bytes)
+    return _LinearLogprobs.apply(hidden_NH, weight_VH, targets_N, temperature, chunk_bytes, tied)
 
 
 def fused_head_loss(
@@ -65,6 +74,7 @@ def fused_head_loss(
     *,
     temperature: float = 1.0,
     chunk_bytes: int = CHUNK_BYTES,
+    tied: TiedGradient | None = None,
 ) -> HeadLoss:
     """Sum over tokens of `token_loss`, with its gradients taken while the logits are there.
 
@@ -72,12 +82,12 @@ def fused_head_loss(
     log-probabilities, advantages, weights) are constants. `result.loss` can be differentiated once.
     """
     _check(hidden_NH, weight_VH, targets_N, temperature)
-    return HeadLoss(*_FusedHeadLoss.apply(hidden_NH, weight_VH, targets_N, token_loss, temperature, chunk_bytes))
+    return HeadLoss(*_FusedHeadLoss.apply(hidden_NH, weight_VH, targets_N, token_loss, temperature, chunk_bytes, tied))
 
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_NH, weight_VH, targets_N, temperature, chunk_bytes):
+    def forward(ctx, hidden_NH, weight_VH, targets_N, temperature, chunk_bytes, tied):
         ctx.set_materialize_grads(False)
         head = _Head(hidden_NH, weight_VH, targets_N, temperature, chunk_bytes)
         logprobs_N, entropy_N, logsumexp_N = (head.empty(len(targets_N)) for _ in range(3))
@@ -85,13 +95,13 @@ class _LinearLogprobs(torch.autograd.Function):
             logits_nV = head.logits(chunk)
             logprobs_N[chunk], entropy_N[chunk], logsumexp_N[chunk] = head.statistics(logits_nV, chunk)
         ctx.save_for_backward(hidden_NH, weight_VH, targets_N, entropy_N, logsumexp_N)
-        ctx.temperature, ctx.chunk_bytes = temperature, chunk_bytes
+        ctx.temperature, ctx.chunk_bytes, ctx.tied = temperature, chunk_bytes, tied
         return logprobs_N, entropy_N
 
     @staticmethod
     def backward(ctx, grad_logprobs_N, grad_entropy_N):
         if grad_logprobs_N is None and grad_entropy_N is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         hidden_NH, weight_VH, targets_N, entropy_N, logsumexp_N = ctx.saved_tensors
         head = _Head(hidden_NH, weight_VH, targets_N, ctx.temperature, ctx.chunk_bytes, ctx.needs_input_grad[:2])
         for chunk in head.chunks():
@@ -101,12 +111,12 @@ class _LinearLogprobs(torch.autograd.Function):
                 None if grad_logprobs_N is None else grad_logprobs_N[chunk],
                 None if grad_entropy_N is None else grad_entropy_N[chunk],
             )  # fmt: skip
-        return *head.gradients(), None, None, None
+        return *_handed_on(*head.gradients(), ctx.tied), None, None, None, None
 
 
 class _FusedHeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_NH, weight_VH, targets_N, token_loss, temperature, chunk_bytes):
+    def forward(ctx, hidden_NH, weight_VH, targets_N, token_loss, temperature, chunk_bytes, tied):
         head = _Head(hidden_NH, weight_VH, targets_N, temperature, chunk_bytes, ctx.needs_input_grad[:2])
         logprobs_N, entropy_N = head.empty(len(targets_N)), head.empty(len(targets_N))
         loss = head.empty(()).zero_()
@@ -121,7 +131,7 @@ class _FusedHeadLoss(torch.autograd.Function):
             loss += chunk_loss.detach()
             if any(ctx.needs_input_grad[:2]):
                 head.accumulate(logits_nV, chunk, logsumexp_n, entropy_n.detach(), *grads)
-        ctx.gradients = head.gradients()
+        ctx.gradients, ctx.tied = head.gradients(), tied
         ctx.mark_non_differentiable(logprobs_N, entropy_N)
         return loss, logprobs_N, entropy_N
 
@@ -134,7 +144,15 @@ class _FusedHeadLoss(torch.autograd.Function):
         for gradient in (grad_hidden_NH, grad_weight_VH):
             if gradient is not None and grad_loss.item() != 1.0:
                 gradient.mul_(grad_loss.to(gradient.dtype))  # ours alone: no second V x H buffer
-        return grad_hidden_NH, grad_weight_VH, None, None, None, None
+        return *_handed_on(grad_hidden_NH, grad_weight_VH, ctx.tied), None, None, None, None, None
+
+
+def _handed_on(grad_hidden_NH: Tensor, grad_weight_VH: Tensor | None, tied: TiedGradient | None) -> tuple:
+    """The gradients to give to autograd; a tied weight's waits for the embedding's."""
+    if tied is None or grad_weight_VH is None:
+        return grad_hidden_NH, grad_weight_VH
+    tied.waiting = grad_weight_VH
+    return grad_hidden_NH, None
 
 
 class _Head:

@@ -21,6 +21,7 @@ from components.update import attention
 from components.update.attention import Packing
 from components.update.batching import Batch
 from components.update.head import TokenLoss, fused_head_loss, linear_logprobs
+from components.update.tied import TiedEmbedding, TiedGradient
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,9 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 class ScoringHead(nn.Module):
     """The language-model head: same weight, but it scores given tokens instead of giving logits."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, tied: TiedGradient | None) -> None:
         super().__init__()
+        self.tied = tied
         if linear.bias is not None:
             raise DataError("a language-model head with a bias is not supported; choose a model without one")
         self.weight = linear.weight
@@ -108,9 +110,11 @@ class ScoringHead(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sum of `token_loss` (0 without one), log-probabilities (N,), entropies (N,)."""
         if token_loss is None:
-            scores = linear_logprobs(hidden_NH, self.weight, targets_N, temperature=temperature)
+            scores = linear_logprobs(hidden_NH, self.weight, targets_N, temperature=temperature, tied=self.tied)
             return hidden_NH.new_zeros(()), *scores
-        result = fused_head_loss(hidden_NH, self.weight, targets_N, token_loss, temperature=temperature)
+        result = fused_head_loss(
+            hidden_NH, self.weight, targets_N, token_loss, temperature=temperature, tied=self.tied
+        )
         return result.loss, result.logprobs_N, result.entropy_N
 
 
@@ -120,7 +124,11 @@ class ScoringModel(nn.Module):
     def __init__(self, policy: nn.Module) -> None:
         super().__init__()
         self.policy = policy
-        policy.set_output_embeddings(ScoringHead(policy.get_output_embeddings()))
+        head, embedding, tied = policy.get_output_embeddings(), policy.get_input_embeddings(), None
+        if head.weight is embedding.weight and type(embedding) is nn.Embedding:
+            tied = TiedGradient()
+            policy.set_input_embeddings(TiedEmbedding(embedding, tied))
+        policy.set_output_embeddings(ScoringHead(head, tied))
 
     def hidden(self, micro: MicroBatch) -> Tensor:
         """Hidden states at the positions that predict completion tokens, (N, H)."""

@@ -6,7 +6,8 @@ Same weights (random, Qwen3 shape), same prompts and completions (lengths log-no
 shortest), same loss (`dapo`), AdamW, learning rate and clipping, one process, one optimizer step a batch, no reference
 model, no log-probabilities of an old policy on either side. Each side runs in a process of its own; TRL twice, with
 gradient checkpointing (its default) and without. Times are from the prepared batch to the end of the optimizer step;
-the first step is left out. CPU seconds are printed beside: on a machine shared with others they say more. TRL's micro-batch is `--rows` padded sequences, ours as many tokens as those have cells.
+the first step is left out. CPU seconds are printed beside: on a machine shared with others they say more. TRL's
+micro-batch is `--rows` padded sequences, ours as many tokens as those have cells.
 A token counts where it is real: prompt or completion, no padding.
 """
 

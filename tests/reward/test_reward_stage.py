@@ -7,10 +7,14 @@ import shutil
 import subprocess
 import sys
 
+import hypothesis
+import hypothesis.strategies as st
+import pyarrow as pa
 import pytest
 
 from components.common.errors import ArtifactNotFound, DataError, StageError
 from components.reward import landlock
+from components.reward.scoring import make_batches
 
 NUMERIC = [{"name": "numeric_match"}]
 
@@ -159,6 +163,24 @@ def test_rows_no_function_applies_to_have_no_reward(case, rows_of):
     scored = case.score(rows_of("p", ["4", "5"], answer=None) + rows_of("q", ["4"]), functions=NUMERIC)
     assert [row["reward"] for row in scored] == [None, None, 1]
     assert case.manifest.metrics["reward"] == 1
+
+
+def test_a_function_that_does_not_apply_leaves_the_total_to_the_others(case, rows_of):
+    functions = [*NUMERIC, {"name": "length_penalty", "weight": 0.5, "arguments": {"per_token": 0.1}}]
+    scored = case.score(rows_of("p", ["44"], answer=None) + rows_of("q", ["4"]), functions=functions)
+    assert [row["rewards/numeric_match"] for row in scored] == [None, 1]
+    assert [row["reward"] for row in scored] == pytest.approx([-0.1, 0.95])
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(sizes=st.lists(st.integers(1, 9), max_size=20), limit=st.integers(1, 12))
+def test_batches_hold_whole_groups_and_every_row_once(sizes, limit):
+    ids = [f"p{number}" for number, size in enumerate(sizes) for _ in range(size)]
+    batches = list(make_batches(pa.table({"prompt_id": pa.array(ids, pa.string())}), limit))
+    assert [row for start, end in batches for row in range(start, end)] == list(range(len(ids)))
+    groups = [ids[start:end] for start, end in batches]
+    assert sum(len(set(group)) for group in groups) == len(sizes)
+    assert all(len(group) <= limit or len(set(group)) == 1 for group in groups)
 
 
 def test_a_stage_that_ran_is_not_run_again(case, rows_of, capsys):

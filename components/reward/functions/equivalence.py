@@ -6,10 +6,11 @@ math-verify bounds its own work with `signal.alarm`, which needs the main thread
 from typing import Any
 
 
-def math_verify(completions: list[str], answer: list[Any], seconds: int = 5) -> list[float | None]:
+def math_verify(completions: list[str], answer: list[Any], seconds: int = 3) -> list[float | None]:
     """1 when the completion's last expression equals the answer, else 0; none where the answer cannot be parsed.
 
-    `seconds`: longest that parsing, and comparing, may take; a completion that needs more scores 0.
+    `seconds`: longest that parsing, and comparing, may take; a completion that needs more scores 0. Three of these fit
+    into the stage's default `timeout_seconds`.
     """
     return [_equal(completion, truth, seconds) for completion, truth in zip(completions, answer, strict=True)]
 

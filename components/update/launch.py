@@ -8,6 +8,7 @@ from torchrun's `PET_*` variables, as Kubeflow Trainer sets them; without them i
 import os
 import signal
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ def launch(folder: Path, job: Job) -> Result:
     logs = folder / "logs"
     logs.mkdir(exist_ok=True)
     config, store = _config(job, logs)
+    if config.start_method == "fork":
+        _import_model(folder / "policy")
     try:
         elastic_launch(config, work)(str(folder))
     except ChildFailedError as error:
@@ -119,6 +122,14 @@ def _config(job: Job, logs: Path) -> tuple[Any, Any]:
     config.logs_specs = DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL)
     config.shutdown_timeout = GRACE_SECONDS
     return config, store
+
+
+def _import_model(folder: Path) -> None:
+    """Imports the policy's model class here, once for all the processes that are forked from this one."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with suppress(OSError, ValueError, KeyError):  # the worker reports what is wrong with a policy
+        AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(folder))]
 
 
 def num_nodes() -> int:

@@ -1,5 +1,6 @@
 """Figures of an update, gathered over micro-batches, optimizer steps and ranks, under the names TRL's users know."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,7 @@ class Meter:
         self.max(f"-{name}", -values)
 
     def read(self) -> dict[str, float]:
-        """The figures over all ranks; every rank must have been given the same names or call with what it has."""
+        """The figures over all ranks, those that are finite; every rank calls, with whatever names it has."""
         names = self._all_names()
         totals = torch.zeros(len(names), 2, dtype=torch.float64, device=self.device)
         largest = torch.full((len(names),), -torch.inf, dtype=torch.float64, device=self.device)
@@ -57,13 +58,13 @@ class Meter:
                 largest[row] = self.largest[name]
         torch.distributed.all_reduce(totals)
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-        figures = {}
+        figures: dict[str, float] = {}
         for name, (total, count), maximum in zip(names, totals.tolist(), largest.tolist(), strict=True):
             if count:
                 figures[name] = total / count
             elif maximum > -torch.inf:
                 figures[name.removeprefix("-")] = -maximum if name.startswith("-") else maximum
-        return figures
+        return {name: value for name, value in figures.items() if math.isfinite(value)}
 
     def _all_names(self) -> list[str]:
         """Names any rank has: one with idle micro-batches only has none."""

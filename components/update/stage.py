@@ -72,13 +72,14 @@ def _publish(stage: Stage[UpdateSettings], metrics: dict[str, float], global_ste
     adapter = {f"adapter/{name}": path for name, path in _files(target / "adapter").items()}
     new = _files(target / "policy") | ({} if merged else adapter)
     weights, figures = upload_policy(stage.store, new, policy, stage.work_dir / "policy", stage.settings.delta)
-    files = [*weights, *_carried(policy, weights=bool(adapter) and not merged)]
+    base = inputs.base_weights(stage) if adapter else []
+    files = [*weights, *_carried(policy), *([] if merged else base)]
     digest = content_digest("policy", files)
     if inputs.saves_optimizer(stage):
         held = _files(target / "optimizer") | (adapter if merged else {})
         metadata = {"global_step": global_step, "policy_digest": digest}
         if merged:
-            metadata["base"] = [file.model_dump() for file in inputs.base_weights(stage)]
+            metadata["base"] = [file.model_dump() for file in base]
         stage.publish("next_optimizer", kind="optimizer", files=held, metadata=metadata)
     else:
         kept = state.files if stage.settings.carry_optimizer else ()
@@ -107,12 +108,11 @@ def _policy_metadata(stage: Stage[UpdateSettings]) -> dict[str, Any]:
     return metadata
 
 
-def _carried(policy: Manifest, *, weights: bool) -> list[File]:
-    """Files the next policy shares with this one, of which no byte moves: configuration, tokenizer, base weights."""
+def _carried(policy: Manifest) -> list[File]:
+    """Files that every policy of a fine-tune shares and of which no byte moves: configuration and tokenizer."""
     from components.update.inputs import is_weights
 
-    others = [file for file in policy.files if not file.name.startswith("adapter/")]
-    return [file for file in others if weights or not is_weights(file.name)]
+    return [file for file in policy.files if not is_weights(file.name) and not file.name.startswith("adapter/")]
 
 
 def _files(folder: Path) -> dict[str, Path]:

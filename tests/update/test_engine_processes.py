@@ -1,0 +1,86 @@
+"""The stage as its own process: ranks that die, and being told to stop."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+ENDLESS = {"num_epochs": 1_000_000, "num_processes": 2, "num_threads": 1}
+"""More optimizer steps than any test waits for."""
+
+
+def children(pid: int) -> list[int]:
+    """Processes that `pid` has started."""
+    try:
+        tasks = Path(f"/proc/{pid}/task").iterdir()
+        return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def workers(process, count: int) -> list[int]:
+    """Waits until the stage has its workers, and until they train."""
+    deadline = time.monotonic() + 120
+    while len(found := children(process.pid)) < count:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    ticks = [cpu_ticks(pid) for pid in found]
+    while any(cpu_ticks(pid) < start + 100 for pid, start in zip(found, ticks, strict=True)):  # a second of work each
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return found
+
+
+def cpu_ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture
+def running(case, engine_model):
+    """A stage process that trains for ever; ended when the test is."""
+    inputs = case.start(engine_model)
+    scored = case.scored("scored", engine_model, inputs["policy"])
+    process = case.command(inputs, scored, **ENDLESS)
+    yield case, process
+    for pid in children(process.pid):
+        os.kill(pid, signal.SIGKILL)
+    process.kill()
+    process.wait()
+
+
+def outputs(case):
+    found = [entry.key for entry in case.store.list("manifests/") if "/0001/" in entry.key]
+    return found + [path.name for path in case.folder.glob("run-next_*.json")]
+
+
+def test_a_dead_rank_ends_the_stage_with_its_name(running):
+    case, process = running
+    victim = workers(process, 2)[1]
+    os.kill(victim, signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "rank 1 was killed by SIGKILL" in output or "rank 0 was killed by SIGKILL" in output
+    assert "nothing was published" in output
+    assert outputs(case) == []
+
+
+def test_sigterm_drops_the_step_and_leaves_no_process(running):
+    case, process = running
+    found = workers(process, 2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "stopped by SIGTERM; nothing was published" in output
+    assert outputs(case) == []
+    assert not any(alive(pid) for pid in found)

@@ -1,0 +1,166 @@
+"""Bad input and bad health: refused with a message that mends, and nothing is published."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from components.common.errors import ArtifactNotFound, DataError, HealthError, SettingsError
+from components.common.manifest import Manifest
+from components.common.settings import validate
+from components.update.config import UpdateSettings
+
+
+@pytest.fixture
+def started(case, engine_model):
+    """Case, inputs, and nothing published by an update."""
+    return case, case.start(engine_model)
+
+
+def published(case):
+    """Manifests in the store that an update wrote."""
+    keys = [entry.key for entry in case.store.list("manifests/")]
+    return [key for key in keys if key.endswith(("/policy.json", "/optimizer.json"))]
+
+
+def test_completions_of_another_policy_are_refused(started, engine_model):
+    case, inputs = started
+    scored = case.scored("scored", engine_model, inputs["policy"], policy_digest=["blake3:" + "0" * 64] * 12)
+    with pytest.raises(DataError, match=r"100% of the completions were sampled by policy blake3:000.*staleness = 1"):
+        case.update(inputs, scored)
+    assert published(case) == []
+
+
+def test_a_stale_sampler_is_allowed_one_update_behind(started, engine_model):
+    case, inputs = started
+    first = case.scored("first", engine_model, inputs["policy"])
+    updated = case.update(inputs, first)
+    stale = case.scored("stale", engine_model, inputs["policy"], seed=3)  # of the policy before
+    with pytest.raises(DataError, match="sampled by policy"):
+        case.update(updated.inputs, stale, iteration=1)
+    case.staleness = 1
+    outcome = case.update(updated.inputs, stale, iteration=1)
+    assert outcome.metrics["sampling/sampling_logp_difference/mean"] > 1e-3  # corrected for, and reported
+    assert outcome.metrics["sampling/importance_sampling_ratio/max"] <= 2.0
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"logprobs": None}, "completions have no column logprobs; sample the iteration again"),
+        ({"logprobs": [[-1.0]] * 12}, "not one log-probability a token: prompt 'p0' sample 1 has 9 tokens and 1"),
+        ({"completion_ids": [[48]] * 12, "logprobs": [[-1.0]] * 12}, "has token 48, the policy's vocabulary has 48"),
+        ({"prompt_ids": [[]] * 12}, "prompt 'p0' has no tokens"),
+    ],
+    ids=["missing column", "wrong length", "vocabulary", "empty prompt"],
+)
+def test_unusable_rollouts_are_refused(started, engine_model, columns, message):
+    case, inputs = started
+    scored = case.scored("scored", engine_model, inputs["policy"], **columns)
+    with pytest.raises(DataError, match=message):
+        case.update(inputs, scored)
+    assert published(case) == []
+
+
+def test_without_a_kl_term_the_reference_is_never_fetched(started, engine_model, tmp_path):
+    from engine_case import save_tiny_model
+
+    case, inputs = started
+    scored = case.scored("scored", engine_model, inputs["policy"])
+    other = save_tiny_model(tmp_path / "other", seed=5)
+    inputs["reference"] = case.publish("other", "policy", {path.name: path for path in other.iterdir()})
+    weights = next(file for file in Manifest.load(inputs["reference"]).files if file.name == "model.safetensors")
+    case.store.delete(weights.key)
+    case.update(inputs, scored)
+    case.run_name = "with-kl"
+    with pytest.raises(ArtifactNotFound):
+        case.update(inputs, scored, beta=0.1)
+
+
+def test_a_batch_without_any_signal_leaves_the_policy_as_it_is(started, engine_model):
+    case, inputs = started
+    scored = case.scored("scored", engine_model, inputs["policy"], reward=[1.0] * 12)
+    outcome = case.update(inputs, scored)
+    assert outcome.policy.digest == Manifest.load(inputs["policy"]).digest
+    assert outcome.metrics["frac_reward_zero_std"] == 1.0
+    assert outcome.metrics["num_groups_dropped"] == 4
+    assert "loss" not in outcome.metrics
+
+
+def test_dropped_groups_count_in_the_normaliser_and_cost_no_tokens(started, engine_model):
+    case, inputs = started
+    rewards = [1.0, 0.0, 0.5, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, -1.0, 2.0, None]
+    scored = case.scored("scored", engine_model, inputs["policy"], reward=rewards, lengths=[3, 5, 7] * 4)
+    outcome = case.update(inputs, scored)
+    assert outcome.metrics["num_groups_dropped"] == 2
+    assert outcome.metrics["num_completions_trained"] == 5
+    prompts = prompt_lengths(case, scored)
+    tokens = sum(prompts[row] + [3, 5, 7][row % 3] - 1 for row in (0, 1, 2, 9, 10))
+    assert outcome.metrics["num_tokens"] == tokens
+
+
+def prompt_lengths(case, scored):
+    from components.common.records import completion_fields, read_table
+
+    key = next(file.key for file in Manifest.load(scored).files if file.name == "train.parquet")
+    case.store.get_file(key, case.folder / "look.parquet")
+    table = read_table(case.folder / "look.parquet", completion_fields())
+    return [len(ids) for ids in table.column("prompt_ids").to_pylist()]
+
+
+@pytest.mark.parametrize(
+    ("health", "message"),
+    [
+        ({"min_entropy": 5.0}, r"entropy is 3\.\d+ \(health.min_entropy = 5\); sampling has collapsed"),
+        ({"max_logp_difference": 0.01}, r"sampler and trainer disagree"),
+        ({"max_zero_std_share": 0.1}, r"25% of the groups have equal rewards \(health.max_zero_std_share = 0.1\)"),
+    ],
+    ids=["entropy", "mismatch", "zero variance"],
+)
+def test_a_crossed_limit_fails_the_iteration(started, engine_model, health, message):
+    case, inputs = started
+    rewards = [1.0, 1.0, 1.0, 0.0, 1.0, 0.5, 0.25, 0.0, 0.5, 1.0, 0.0, 0.0]
+    scored = case.scored("scored", engine_model, inputs["policy"], noise=0.2, reward=rewards)
+    with pytest.raises(HealthError, match=message):
+        case.update(inputs, scored, health=health)
+    assert published(case) == []
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(case, engine_model, tmp_path, zero_stage):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in engine_model.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.inf
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    inputs = case.start(broken)
+    scored = case.scored("scored", engine_model, inputs["policy"])
+    with pytest.raises(HealthError, match=r"not finite in 1 optimizer steps .health.max_skipped_steps = 0"):
+        case.update(inputs, scored, zero_stage=zero_stage, health={"max_skipped_steps": 0})
+    assert published(case) == []
+    case.run_name = "lenient"
+    outcome = case.update(inputs, scored, zero_stage=zero_stage, num_minibatches=2)
+    assert outcome.metrics["skipped_steps"] == 2
+    assert outcome.optimizer.metadata["global_step"] == 0
+    for name, weight in outcome.weights().items():
+        assert torch.equal(weight, weights[name]), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"zero_stage": 0, "dtype": "bfloat16"}, "set zero_stage = 1"),
+        ({"schedule": "cosine"}, "needs schedule_steps above warmup_steps"),
+        ({"beta": 0.1, "kl_estimator": "k1"}, "set kl_ratio = true"),
+        ({"health": {"max_kl": 1.0}}, "set beta above 0"),
+        ({"algorithm": "ppo", "lora": {"rank": 4}}, "set lora.rank = 0"),
+        ({"algorithm": "ppo", "optimizer_every": 2}, "keeps its critic beside the optimizer state"),
+        ({"offload_parameters": True}, "needs zero_stage = 3"),
+        ({"num_processes": 0}, 'must be "auto" or at least 1'),
+        ({"max_grad_nrm": 1.0}, "did you mean max_grad_norm"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, message):
+    with pytest.raises(SettingsError, match=message):
+        validate(UpdateSettings, settings)

@@ -18,5 +18,5 @@ forward kubeflow seaweedfs 9000:9000
 answers() { curl --silent --fail --max-time 3 --output /dev/null "$1"; }
 eventually 60 answers http://localhost:8888/apis/v2beta1/healthz || fail "KFP does not answer on localhost:8888"
 eventually 60 answers http://localhost:5000/health || fail "MLflow does not answer on localhost:5000"
-export KF_PIPELINES_ENDPOINT=http://localhost:8888 MLFLOW_TRACKING_URI=http://localhost:5000
+export GRPO_HOST=http://localhost:8888 GRPO_NAMESPACE=$runs_namespace MLFLOW_TRACKING_URI=http://localhost:5000
 "$@"

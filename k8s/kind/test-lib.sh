@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034 # read by the scripts that source this
 # What the tests share: the recipe, its settings for this cluster, and questions to KFP. Runs inside forward.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-: "${KF_PIPELINES_ENDPOINT:?run this through k8s/kind/forward.sh}"
+: "${GRPO_HOST:?run this through k8s/kind/forward.sh}"
 need jq curl
 recipe=$root/recipes/arithmetic/settings.toml
 overrides_file=$root/build/kind/overrides
@@ -29,14 +29,14 @@ settings() {
   done
   for stage in rollout update; do
     set_arguments+=(--set "cluster.$stage.node_selector={\"grpo-pipeline/pool\" = \"$stage\"}"
-      --set "cluster.$stage.cpu=1" --set "cluster.$stage.memory=3Gi" --set "cluster.$stage.shm=1Gi")
+      --set "cluster.$stage.cpu=\"1\"" --set "cluster.$stage.memory=3Gi" --set "cluster.$stage.shm=1Gi")
   done
   shift
   while read -r line; do set_arguments+=(--set "$line"); done <"$overrides_file"
   for line in "$@"; do set_arguments+=(--set "$line"); done
 }
 
-kfp() { curl --silent --show-error --fail --max-time 30 "$KF_PIPELINES_ENDPOINT/apis/v2beta1/$1"; }
+kfp() { curl --silent --show-error --fail --max-time 30 "$GRPO_HOST/apis/v2beta1/$1"; }
 
 # Runs whose name holds a text, newest first, one JSON object a line.
 runs_named() { kfp 'runs?page_size=100&sort_by=created_at%20desc' | jq --compact-output ".runs[]? | select(.display_name | contains(\"$1\"))"; }

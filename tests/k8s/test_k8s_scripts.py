@@ -135,3 +135,27 @@ def test_kind_cluster_has_both_pools() -> None:
     values = yaml.safe_load((ROOT / "k8s/kind/fake-gpu-operator.yaml").read_text())["topology"]
     for node in cluster["nodes"]:
         assert node.get("labels", {}).get(values["nodePoolLabelKey"], "default") in values["nodePools"]
+
+
+def test_what_the_kind_tests_submit_are_settings(tmp_path: Path) -> None:
+    """The --set arguments of every test script, taken from the shell and read as `grpo submit` reads them."""
+    from pipeline.settings import load
+
+    stub(tmp_path, "kubectl", "printf Z2l2ZW4=")
+    for name in ("jq", "curl"):
+        stub(tmp_path, name, "true")
+    (tmp_path / "overrides").write_text(
+        "store=s3://b/store?endpoint=http://seaweedfs.kubeflow:9000\nmodel=s3://b/model\ndataset.source=s3://b/problems\n"
+    )
+    script = f"""source {ROOT}/k8s/kind/test-lib.sh; overrides_file={tmp_path}/overrides
+settings kind-name iterations=4; printf '%s\\n' "${{set_arguments[@]}}" """
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "GRPO_HOST": "http://localhost:8888"}
+    printed = subprocess.run(["bash", "-c", script], env=environment, check=True, capture_output=True, text=True)
+    settings = load(ROOT / "recipes/arithmetic/settings.toml",
+                    [line for line in printed.stdout.splitlines() if line != "--set"])  # fmt: skip
+    assert (settings.fine_tune, settings.iterations, settings.rollout.engine) == ("kind-name", 4, "transformers")
+    assert settings.store == "s3://b/store?endpoint=http://seaweedfs.kubeflow:9000"
+    assert settings.cluster.rollout.image == "localhost/grpo-pipeline-update:kind"
+    assert settings.cluster.update.node_selector == {"grpo-pipeline/pool": "update"}
+    assert (settings.cluster.update.cpu, settings.cluster.update.gpus) == ("1", 1)
+    assert settings.cluster.reward.image == "localhost/grpo-pipeline-cpu:kind"

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from components.common.errors import GrpoError
+from components.common.errors import ArtifactNotFound, GrpoError
 from pipeline import cli_cluster
 from pipeline.options import Overrides, SettingsFile
 
@@ -61,7 +61,11 @@ def _summarise(run_dir: Path, console: "object") -> None:
     from pipeline.progress import iteration_records, iteration_table
     from pipeline.reports import export_report
 
-    report = export_report(run_dir)
+    try:
+        report = export_report(run_dir)
+    except ArtifactNotFound:
+        console.print("nothing was trained: the data set has not changed since the champion was accepted")  # type: ignore[attr-defined]
+        return
     console.print(iteration_table(iteration_records(read_events(run_dir))))  # type: ignore[attr-defined]
     if report.summary:
         console.print(report.summary)  # type: ignore[attr-defined]

@@ -77,9 +77,18 @@ class _Graph:
     def draw(self) -> None:
         begin = self._configure()
         self.begin = begin
-        self.prompts = self._name(
+        found = self._name(
             dataset(settings=begin.outputs["dataset_settings"], policy=begin.outputs["policy"]), "dataset"
-        ).outputs["prompts"]
+        )
+        self.prompts = found.outputs["prompts"]
+        if not self.settings.skip_unchanged_data:
+            self._iterate()
+            return
+        with dsl.If(found.outputs["changed"] == "yes", name="data has changed"):
+            self._iterate()
+
+    def _iterate(self) -> None:
+        begin = self.begin
         policies, optimizer = [begin.outputs["policy"]], begin.outputs["optimizer"]
         history = begin.outputs["history"]
         for iteration in range(self.settings.iterations):

@@ -27,7 +27,7 @@ class RunSettings(Settings):
     seed: int = 0
     """Every random choice derives from it: the same seed and settings give the same run."""
     start_from: Literal["base", "latest", "champion"] = "base"
-    """Policy the run starts from: the base model, this fine-tune's last checkpoint, or its accepted policy."""
+    """Start policy: the base model, the fine-tune's last checkpoint, or its champion (the base until there is one)."""
     iterations: int = Field(default=8, ge=1, le=1000)
     """Rollout-reward-update rounds of one run."""
     shards: int = Field(default=1, ge=1, le=64)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from components.common.champion import read as read_champion
 from components.common.errors import ArtifactNotFound, DataError
 from components.common.manifest import Manifest
 from components.common.store import Store
@@ -115,18 +116,13 @@ def policy_iterations(store: Store, fine_tune: str, run: str) -> list[int]:
     return [int(key.split("/")[3]) for key in _policy_keys(store, fine_tune) if key.split("/")[2] == run]
 
 
-def champion(store: Store, fine_tune: str) -> Start:
-    """The accepted policy of a fine-tune, with a fresh optimizer.
-
-    Raises:
-        ArtifactNotFound: none was accepted yet.
-    """
-    key = f"pointers/{fine_tune}/champion.json"
-    try:
-        pointer = json.loads(store.get_bytes(key))
-    except ArtifactNotFound:
-        raise ArtifactNotFound(f'fine-tune {fine_tune} has no champion yet; use start_from = "base"') from None
-    policy = Manifest.parse(store.get_bytes(pointer["manifest"]), where=pointer["manifest"])
+def champion(store: Store, fine_tune: str) -> Start | None:
+    """The accepted policy of a fine-tune, with a fresh optimizer; None before the first, which starts from the base."""
+    present = read_champion(store, fine_tune)
+    if present is None:
+        log.info("fine-tune %s has no champion yet: starting from the base model", fine_tune)
+        return None
+    policy = Manifest.parse(store.get_bytes(present.manifest), where=present.manifest)
     return start_at(store, policy, with_optimizer=False)
 
 

@@ -4,10 +4,15 @@ from kfp import dsl
 
 
 @dsl.component(base_image="grpo-pipeline/cpu-python", install_kfp_package=False)
-def dataset(settings: str, policy: dsl.Input[dsl.Artifact], prompts: dsl.Output[dsl.Artifact]):
+def dataset(
+    settings: str,
+    policy: dsl.Input[dsl.Artifact],
+    prompts: dsl.Output[dsl.Artifact],
+    changed: dsl.OutputPath(str),
+):
     """Makes train and eval prompts of a data set, tokenised for the policy."""
     from pathlib import Path
 
     from components.dataset.stage import run
 
-    run(settings=settings, policy=Path(policy.path), prompts=Path(prompts.path))
+    run(settings=settings, policy=Path(policy.path), prompts=Path(prompts.path), changed=Path(changed))

@@ -7,7 +7,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components.common import champion
 from components.common.errors import DataError
+from components.common.logs import task_log
 from components.common.manifest import Manifest, text_digest
 from components.common.stage import Stage, run_stage
 from components.dataset.config import DatasetSettings
@@ -22,14 +24,26 @@ if TYPE_CHECKING:
 log = logging.getLogger("grpo")
 
 
-def run(settings: str, policy: Path, prompts: Path) -> None:
+def run(settings: str, policy: Path, prompts: Path, changed: Path | None = None) -> None:
     """Makes train and eval prompts of a data set.
 
     settings: JSON of the run's context and this stage's settings, or a file of it. policy: manifest of the policy
-    whose tokenizer is used. prompts: manifest to write.
+    whose tokenizer is used. prompts: manifest to write. changed: file that gets "no" when the champion was trained on
+    this very data set, else "yes".
     """
     stage = Stage("dataset", DatasetSettings, settings, inputs={"policy": policy}, outputs={"prompts": prompts})
     run_stage(stage, _dataset)
+    if changed is not None:
+        with task_log(stage.events.log_path):
+            Path(changed).write_text(_changed(stage, Manifest.load(prompts)))
+
+
+def _changed(stage: Stage[DatasetSettings], prompts: Manifest) -> str:
+    present = champion.read(stage.store, stage.context.fine_tune)
+    if present is None or present.dataset_digest != prompts.metadata["dataset_digest"]:
+        return "yes"
+    log.info("the data set has not changed since %s was accepted (%s)", present.manifest, present.accepted)
+    return "no"
 
 
 def _dataset(stage: Stage[DatasetSettings]) -> None:

@@ -5,14 +5,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from components.common import tracking
+from components.common import champion, tracking
 from components.common.artifacts import fetch
+from components.common.champion import Champion
 from components.common.errors import ArtifactNotFound, StageError
 from components.common.manifest import Manifest, manifest_key, now
 from components.common.stage import Stage, run_stage
 from components.common.store import open_store
-from components.publish import champion, export
-from components.publish.champion import Champion
+from components.publish import export
 from components.publish.config import PublishSettings
 from components.publish.decide import Contender, Rule, decide
 from components.publish.summary import markdown
@@ -168,9 +168,19 @@ def _pointer(stage: Stage[PublishSettings], outcome: dict[str, Any]) -> Champion
         low=candidate["low"],
         high=candidate["high"],
         accepted=now().isoformat(),
+        dataset_digest=_dataset_digest(stage),
         previous=outcome["previous_champion"],
         decision=outcome,
     )
+
+
+def _dataset_digest(stage: Stage[PublishSettings]) -> str | None:
+    """Content of the data set this run was trained on."""
+    key = manifest_key(stage.context.fine_tune, stage.context.run, None, "prompts")
+    try:
+        return Manifest.parse(stage.store.get_bytes(key), where=key).metadata.get("dataset_digest")
+    except ArtifactNotFound:  # a policy judged outside a pipeline run
+        return None
 
 
 def _track(

@@ -94,8 +94,12 @@ def test_a_model_folder_that_is_not_there(configure, tmp_path):
 def test_going_on_where_nothing_was(configure):
     with pytest.raises(ArtifactNotFound, match="no checkpoint"):
         configure(start_from="latest")
-    with pytest.raises(ArtifactNotFound, match="no champion"):
-        configure(start_from="champion")
+
+
+def test_the_champion_is_the_base_until_there_is_one(configure):
+    base, _ = configure(name="run-1")
+    paths, _ = configure(name="run-2", start_from="champion")
+    assert Manifest.load(paths["policy"]).digest == Manifest.load(base["policy"]).digest
 
 
 def test_going_on_from_the_latest_checkpoint(configure, tmp_path):

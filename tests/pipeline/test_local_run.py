@@ -183,6 +183,17 @@ def test_two_shards_cover_the_same_prompts_and_the_next_run_goes_on(project, fin
     assert {"rollout-0002-shard00", "rollout-0002-shard01"} <= tasks
 
 
+def test_a_recurring_run_ends_early_until_the_data_changes(project, finished):
+    again = ["--set", "skip_unchanged_data=true", "--set", "start_from=champion", "--set", "iterations=1"]
+    always = ["--set", "publish.min_improvement=-1"]  # any policy is accepted, so that there is a champion
+    grpo(project, "run", "settings.toml", "--set", "fine_tune=nightly", *again, *always)
+    runs = project / "runs" / "nightly"
+    assert any(event["stage"] == "publish" for event in read_events(runs / "run-0001"))
+    grpo(project, "run", "settings.toml", "--set", "fine_tune=nightly", *again, *always)
+    assert {event["stage"] for event in read_events(runs / "run-0002")} == {"configure", "dataset"}
+    assert "has not changed" in (runs / "run-0002" / "logs" / "dataset.log").read_text()
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

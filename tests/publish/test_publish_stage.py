@@ -9,7 +9,8 @@ import pytest
 from components.common.errors import ArtifactError, SettingsError, StageError
 from components.common.manifest import Manifest
 from components.common.settings import dump_stage
-from components.publish import champion, stage
+from components.common import champion
+from components.publish import stage
 from components.publish.config import PublishSettings
 
 WRONG, HALF, ALL = (False, False), (True, False), (True, True)

@@ -1,6 +1,7 @@
 """The champion: the accepted policy of a fine-tune, named by one small object that is overwritten on acceptance.
 
-`pointers/<fine-tune>/champion.json`; written by publish, read by configure (`start_from = "champion"`).
+`pointers/<fine-tune>/champion.json`; written by publish, read by configure (`start_from = "champion"`) and by dataset,
+which tells whether there is anything new to learn from.
 """
 
 import json
@@ -33,6 +34,8 @@ class Champion(Settings):
     high: float | None = None
     accepted: str
     """When: ISO 8601, UTC."""
+    dataset_digest: str | None = None
+    """Content of the data set it was trained on."""
     previous: str | None = None
     """Key of the policy it took over from."""
     decision: dict[str, Any] = {}

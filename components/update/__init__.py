@@ -1,0 +1,1 @@
+"""The update stage: DeepSpeed GRPO, and PPO to compare it with."""

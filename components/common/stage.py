@@ -132,6 +132,11 @@ class Stage(Generic[S]):
         )  # fmt: skip
         return self._published[role]
 
+    def adopt(self) -> bool:
+        """Takes over what another node of this very task has published; False: it is not all there yet."""
+        self._published = self._already()
+        return len(self._published) == len(self.outputs)
+
     def progress(self, done: int, total: int, **figures: float) -> None:
         """Tells how far a long stage is: in its log and in the live view."""
         shown = " ".join(f"{name}={value:.4g}" for name, value in figures.items())

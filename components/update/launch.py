@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from components.common.errors import GrpoError, StageError
+from components.update import nodes
 from components.update.job import Job, Result, read_failure, write_failure
 
 LAST_LINES = 20
@@ -44,8 +45,8 @@ class Preload:
         self.thread.join()
 
 
-def launch(folder: Path, job: Job) -> Result:
-    """Runs the job on all of this node's processes and gives what they found.
+def launch(folder: Path, job: Job) -> Result | None:
+    """Runs the job on all of this node's processes and gives what they found; none but on the first node.
 
     Raises:
         GrpoError: what a worker meant for the user.
@@ -69,7 +70,7 @@ def launch(folder: Path, job: Job) -> Result:
         raise StageError(f"stopped by {error.sigval.name}; nothing was published") from None
     finally:
         del store
-    return Result.model_validate_json((folder / "result.json").read_text())
+    return Result.model_validate_json((folder / "result.json").read_text()) if nodes.rank() == 0 else None
 
 
 def work(folder: str) -> None:
@@ -111,9 +112,9 @@ def _config(job: Job, logs: Path) -> tuple[Any, Any]:
     from torch.distributed.run import config_from_args, get_args_parser
 
     arguments, store = ["--max-restarts", "0", "--monitor-interval", "0.05", "worker"], None
-    if "PET_NPROC_PER_NODE" not in os.environ:
+    if job.settings.num_processes != "auto" or "PET_NPROC_PER_NODE" not in os.environ:
         arguments = ["--nproc-per-node", str(num_processes(job)), *arguments]
-    if num_nodes() == 1:
+    if nodes.count() == 1:
         here, store = _local_rendezvous()
         arguments = [*here, *arguments]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -130,11 +131,6 @@ def _import_model(folder: Path) -> None:
 
     with suppress(OSError, ValueError, KeyError):  # the worker reports what is wrong with a policy
         AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(folder))]
-
-
-def num_nodes() -> int:
-    """Nodes of this update, as torchrun's variables have it."""
-    return int(os.environ.get("PET_NNODES", "1").partition(":")[0])
 
 
 def _local_rendezvous() -> tuple[list[str], Any]:

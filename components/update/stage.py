@@ -41,7 +41,7 @@ def run(
 
 
 def _update(stage: Stage[UpdateSettings]) -> None:
-    from components.update import inputs
+    from components.update import inputs, nodes
     from components.update.launch import Preload, launch
 
     preload = Preload()
@@ -58,17 +58,24 @@ def _update(stage: Stage[UpdateSettings]) -> None:
         _publish_unchanged(stage, figures)
         return
     result = launch(stage.work_dir, job)
-    _publish(stage, figures | result.metrics, result.global_step, merged=job.merge)
+    state = _files(stage.work_dir / "next" / "optimizer")
+    if result is None:
+        nodes.hand_over(stage, state)
+    else:
+        _publish(stage, figures | result.metrics, result.global_step, state, merged=job.merge)
+        nodes.clear(stage)
 
 
-def _publish(stage: Stage[UpdateSettings], metrics: dict[str, float], global_step: int, *, merged: bool) -> None:
-    """Publishes what the workers left in `next/`.
+def _publish(
+    stage: Stage[UpdateSettings], metrics: dict[str, float], global_step: int, state: dict[str, Path], *, merged: bool
+) -> None:
+    """Publishes what the workers left in `next/`; `state` are the files of this node's optimizer state.
 
     Optimizer state first: it names the policy its master weights are of, so a policy never gets another's.
     """
-    from components.update import inputs
+    from components.update import inputs, nodes
 
-    target, policy, state = stage.work_dir / "next", stage.manifest("policy"), stage.manifest("optimizer")
+    target, policy, before = stage.work_dir / "next", stage.manifest("policy"), stage.manifest("optimizer")
     adapter = {f"adapter/{name}": path for name, path in _files(target / "adapter").items()}
     new = _files(target / "policy") | ({} if merged else adapter)
     weights, figures = upload_policy(stage.store, new, policy, stage.work_dir / "policy", stage.settings.delta)
@@ -76,14 +83,15 @@ def _publish(stage: Stage[UpdateSettings], metrics: dict[str, float], global_ste
     files = [*weights, *_carried(policy), *([] if merged else base)]
     digest = content_digest("policy", files)
     if inputs.saves_optimizer(stage):
-        held = _files(target / "optimizer") | (adapter if merged else {})
+        held = state | (adapter if merged else {})
         metadata = {"global_step": global_step, "policy_digest": digest}
         if merged:
             metadata["base"] = [file.model_dump() for file in base]
-        stage.publish("next_optimizer", kind="optimizer", files=held, metadata=metadata)
+        others = nodes.collect(stage)
+        stage.publish("next_optimizer", kind="optimizer", files=held, reuse=others, metadata=metadata)
     else:
-        kept = state.files if stage.settings.carry_optimizer else ()
-        metadata = state.metadata | {"global_step": global_step}
+        kept = before.files if stage.settings.carry_optimizer else ()
+        metadata = before.metadata | {"global_step": global_step}
         stage.publish("next_optimizer", kind="optimizer", reuse=kept, metadata=metadata)
     metadata = _policy_metadata(stage)
     stage.publish("next_policy", kind="policy", reuse=files, metrics=metrics | figures, metadata=metadata)

@@ -149,11 +149,13 @@ class Case:
         run(**arguments)
         return Outcome(self, arguments["next_policy"], arguments["next_optimizer"], inputs["reference"])
 
-    def command(self, inputs: dict[str, Path], scored: Path, **changes: Any) -> "subprocess.Popen[str]":
+    def command(
+        self, inputs: dict[str, Path], scored: Path, *, variables: dict[str, str] | None = None, **changes: Any
+    ) -> "subprocess.Popen[str]":
         """Starts the stage as its own process."""
         values = self.arguments(inputs, scored, **changes)
         options = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (variables or {})
         return subprocess.Popen(
             [sys.executable, "-m", "components.update", *options], env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -2,10 +2,13 @@
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
 import pytest
+import torch
+from engine_case import Outcome
 
 ENDLESS = {"num_epochs": 1_000_000, "num_processes": 2, "num_threads": 1}
 """More optimizer steps than any test waits for."""
@@ -84,3 +87,34 @@ def test_sigterm_drops_the_step_and_leaves_no_process(running):
     assert "stopped by SIGTERM; nothing was published" in output
     assert outputs(case) == []
     assert not any(alive(pid) for pid in found)
+
+
+def test_two_nodes_make_the_policy_that_one_makes(case, engine_model):
+    """As Kubeflow Trainer starts them: the same command on each, told apart by torchrun's variables."""
+    inputs = case.start(engine_model)
+    scored = case.scored("scored", engine_model, inputs["policy"])
+    settings = {"zero_stage": 2, "max_tokens_per_microbatch": 24}
+    case.run_name = "one-node"
+    wanted = case.update(inputs, scored, num_processes=2, **settings)
+    case.run_name = "two-nodes"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    variables = {
+        "PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port,
+        "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    nodes = [
+        case.command(inputs, scored, variables=variables | {"PET_NODE_RANK": str(rank)}, **settings)
+        for rank in range(2)
+    ]
+    for node in nodes:
+        output, _ = node.communicate(timeout=200)
+        assert node.returncode == 0, output
+    paths = [case.folder / f"two-nodes-{name}-0.json" for name in ("next_policy", "next_optimizer")]
+    found = Outcome(case, *paths, inputs["reference"])
+    for name, weight in wanted.weights().items():
+        assert torch.equal(found.weights()[name], weight), name
+    assert found.optimizer.names == wanted.optimizer.names
+    assert found.optimizer.digest == wanted.optimizer.digest
+    assert list(case.store.list("parts/")) == []

@@ -165,23 +165,32 @@ class Download:
     def _range(
         self, key: str, file: int, start: int, end: int, etag: str | None, begin: Callable[[Any], None] | None = None
     ) -> Any:
-        """Bytes [start, end) of the object; an attempt goes on where the one before was cut."""
-        position = start
+        """Bytes [start, end) of the object; an attempt goes on where the one before was cut, and one that got some
+        bytes is followed by the next without a pause."""
+        position, goal = start, end
         same = {"IfMatch": etag} if etag else {}
 
         def get(attempt: int) -> Any:
-            nonlocal position
+            nonlocal position, goal
+            before = position
             answer = self._get(key, position, end, same)
             if begin:
                 begin(answer)
-            expected = position + answer["ContentLength"]
-            for chunk in answer["Body"].iter_chunks(CHUNK):
-                position += os.pwrite(file, chunk, position)
-            if position < expected:
-                raise Damaged(f"{position - start} of {expected - start} bytes arrived")
+            goal = position + answer["ContentLength"]
+            try:
+                for chunk in answer["Body"].iter_chunks(CHUNK):
+                    position += os.pwrite(file, chunk, position)
+            except broken_bodies():
+                if position == before:
+                    raise
+            if before == position < goal:
+                raise Damaged(f"none of {goal - start} bytes arrived")
             return answer
 
-        return self.store.request(f"reading {key}", get)
+        while True:
+            answer = self.store.request(f"reading {key}", get)
+            if position >= goal:
+                return answer
 
     def _get(self, key: str, start: int, end: int, same: dict[str, str]) -> Any:
         from botocore.exceptions import ClientError
@@ -193,6 +202,14 @@ class Download:
             if status_of(error) != 416:
                 raise
         return self.store.client.get_object(**name)  # an empty object has no first byte
+
+
+def broken_bodies() -> tuple[type[Exception], ...]:
+    """What reading an answer's body raises when the connection fails."""
+    from botocore.exceptions import HTTPClientError, IncompleteReadError
+    from urllib3.exceptions import HTTPError
+
+    return HTTPClientError, IncompleteReadError, HTTPError, ConnectionError
 
 
 def _total(answer: Any) -> int:

@@ -1,0 +1,206 @@
+"""The S3 store on a bad day: a network and a server that fail in every way, and what must never be lost."""
+
+import os
+import random
+import threading
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from components.common.errors import ArtifactNotFound, DigestMismatch, StoreError
+from components.common.integrity import blob_key
+from components.common.manifest import file_digest
+from components.common.s3_store import S3Store
+from tests.common.fault_proxy import FAULTS, proxy
+
+OPERATIONS = 1000
+THREADS = 8
+MIB = 1 << 20
+
+
+def through(url: str, options: str) -> S3Store:
+    return S3Store.from_url(f"s3://grpo/{uuid.uuid4().hex[:12]}?endpoint={url}&part_mib=5{options}")
+
+
+class Worker:
+    """Random operations on names of its own, checked against what the store must hold by then."""
+
+    def __init__(self, store: S3Store, folder: Path, number: int) -> None:
+        self.store, self.folder, self.number = store, folder, number
+        self.random = random.Random(number)
+        self.holds: dict[str, bytes] = {}
+        folder.mkdir()
+
+    def key(self) -> str:
+        return f"worker{self.number}/{self.random.randrange(12)}"
+
+    def put(self) -> None:
+        key, data = self.key(), self.random.randbytes(self.random.randrange(4000))
+        assert self.store.put_bytes(data, key)
+        self.holds[key] = data
+
+    def claim(self) -> None:
+        key, data = self.key(), self.random.randbytes(100)
+        won = self.store.put_bytes(data, key, if_absent=True)
+        assert won == (key not in self.holds)  # exact even when the answer to the winning attempt was lost
+        self.holds.setdefault(key, data)
+
+    def upload(self) -> None:
+        key, path = self.key(), self.folder / "up"
+        size = self.random.choice([10_000, 300_000, 5 * MIB + 7])
+        path.write_bytes(self.random.randbytes(size))
+        self.store.put_file(path, key)
+        self.holds[key] = path.read_bytes()
+
+    def get(self) -> None:
+        key = self.key()
+        if key in self.holds:
+            assert self.store.get_bytes(key) == self.holds[key]
+        else:
+            with pytest.raises(ArtifactNotFound):
+                self.store.get_bytes(key)
+
+    def download(self) -> None:
+        key, path = self.key(), self.folder / "down"
+        if key in self.holds:
+            self.store.get_file(key, path)
+            assert path.read_bytes() == self.holds[key]
+
+    def look(self) -> None:
+        key = self.key()
+        found = self.store.stat(key)
+        assert (found.size if found else None) == (len(self.holds[key]) if key in self.holds else None)
+
+    def list(self) -> None:
+        found = {stat.key: stat.size for stat in self.store.list(f"worker{self.number}/")}
+        assert found == {key: len(data) for key, data in self.holds.items()}
+
+    def delete(self) -> None:
+        key = self.key()
+        self.store.delete(key)
+        self.holds.pop(key, None)
+
+    def work(self, count: int) -> int:
+        acts = [self.put] * 6 + [self.get] * 8 + [self.claim] * 3 + [self.look] * 3
+        acts += [self.download] * 4 + [self.delete] * 2 + [self.list] + [self.upload]
+        for _ in range(count):
+            self.random.choice(acts)()
+        self.list()
+        return count
+
+
+def test_a_thousand_operations_with_a_fifth_of_all_requests_broken(rgw_endpoint: str, tmp_path: Path) -> None:
+    # A request that timed out but is still under way may act after what followed it: stalls must outlast slow answers.
+    with proxy(rgw_endpoint, share=0.2, stall=4.5) as server:
+        store = through(server.url, "&timeout=4&deadline=60")
+        workers = [Worker(store, tmp_path / str(number), number) for number in range(THREADS)]
+        with ThreadPoolExecutor(THREADS) as pool:
+            done = sum(pool.map(lambda worker: worker.work(OPERATIONS // THREADS), workers))
+        assert done == OPERATIONS
+        assert set(server.met) == set(FAULTS)
+        assert 0.15 < server.met.total() / server.requests < 0.25
+    straight = S3Store.from_url(store.url.replace(server.url, rgw_endpoint))
+    for worker in workers:
+        worker.store = straight
+        worker.list()
+        assert {key: straight.get_bytes(key) for key in worker.holds} == worker.holds
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_that_never_ends_is_given_up_at_the_deadline(moto_endpoint: str, tmp_path: Path, fault: str) -> None:
+    with proxy(moto_endpoint, share=1.0, faults=[fault], stall=0.5) as server:
+        store = through(server.url, "&timeout=0.3&deadline=1")
+        S3Store.from_url(store.url.replace(server.url, moto_endpoint)).put_bytes(bytes(1000), "name")
+        with pytest.raises((StoreError, DigestMismatch), match=r"failed [0-9]+ times within|was changed or cut"):
+            if fault == "change the request":  # this server checks nothing: what it holds then is found out on reading
+                store.put_bytes(bytes(1000), "name")
+            store.get_bytes("name")
+
+
+def test_a_large_download_goes_on_where_it_was_cut(rgw_endpoint: str, tmp_path: Path) -> None:
+    """Every answer is cut in half, so no range ever arrives whole; halves of halves do."""
+    (tmp_path / "source").write_bytes(os.urandom(11 * MIB))
+    with proxy(rgw_endpoint, share=0.9, faults=["cut the body"]) as server:
+        store = through(server.url, "&deadline=60")
+        S3Store.from_url(store.url.replace(server.url, rgw_endpoint)).put_file(tmp_path / "source", "file")
+        store.get_file("file", tmp_path / "target")
+    assert (tmp_path / "target").read_bytes() == (tmp_path / "source").read_bytes()
+
+
+def test_an_upload_that_was_cut_short_goes_on(rgw_endpoint: str, tmp_path: Path) -> None:
+    """A first attempt leaves two of four parts on the server; the second sends the other two."""
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(17 * MIB))
+    store = through(rgw_endpoint, "")
+    key = blob_key(file_digest(path))
+    name = store.name(key)
+    name["UploadId"] = store.client.create_multipart_upload(**name, ChecksumAlgorithm="CRC32C")["UploadId"]
+    from components.common.integrity import checksum
+
+    with path.open("rb") as file:
+        for number in (1, 2):
+            data = file.read(5 * MIB)
+            store.client.upload_part(**name, PartNumber=number, Body=data, **checksum(data))
+    sent: list[int] = []
+    store.client.meta.events.register(
+        "provide-client-params.s3.UploadPart", lambda params, **_: sent.append(params["PartNumber"])
+    )
+    store.put_file(path, key)
+    assert sorted(sent) == [3, 4]
+    store.get_file(key, tmp_path / "target")
+    assert (tmp_path / "target").read_bytes() == path.read_bytes()
+    assert list(store.unfinished()) == []
+
+
+def test_parts_that_are_not_of_this_file_are_sent_again(rgw_endpoint: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(11 * MIB))
+    store = through(rgw_endpoint, "")
+    key = blob_key(file_digest(path))
+    name = store.name(key)
+    name["UploadId"] = store.client.create_multipart_upload(**name, ChecksumAlgorithm="CRC32C")["UploadId"]
+    from components.common.integrity import checksum
+
+    other = bytes(5 * MIB)
+    store.client.upload_part(**name, PartNumber=1, Body=other, **checksum(other))
+    store.put_file(path, key)
+    store.get_file(key, tmp_path / "target")
+
+
+def test_writers_of_the_same_blob_help_or_at_least_do_not_hinder_one_another(rgw_endpoint: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(11 * MIB))
+    key = blob_key(file_digest(path))
+    stores = [through(rgw_endpoint, "")]
+    stores += [S3Store.from_url(stores[0].url) for _ in range(3)]
+    start = threading.Barrier(4)
+
+    def write(store: S3Store) -> None:
+        start.wait()
+        store.put_file(path, key)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, stores))
+    stores[0].get_file(key, tmp_path / "target")
+    assert (tmp_path / "target").read_bytes() == path.read_bytes()
+
+
+def test_an_object_overwritten_while_it_is_read_is_not_mixed(rgw_endpoint: str, tmp_path: Path) -> None:
+    """The second range is asked for the version the first one saw; another version is an error, never half of each."""
+    store = through(rgw_endpoint, "")
+    (tmp_path / "old").write_bytes(bytes(11 * MIB))
+    (tmp_path / "new").write_bytes(b"\1" * (11 * MIB))
+    store.put_file(tmp_path / "old", "name")
+    replaced = []
+
+    def replace(params: dict[str, str], **_: object) -> None:
+        if params.get("IfMatch") and not replaced:
+            replaced.append(True)
+            S3Store.from_url(store.url).put_file(tmp_path / "new", "name")
+
+    store.client.meta.events.register("provide-client-params.s3.GetObject", replace)
+    with pytest.raises(StoreError):
+        store.get_file("name", tmp_path / "target")
+    assert replaced

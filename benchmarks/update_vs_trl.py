@@ -82,20 +82,12 @@ def measure_ours(folder: Path, arguments: argparse.Namespace) -> dict:
     """Our worker's own optimizer step, in this process."""
     import torch
 
-    from components.update.config import UpdateSettings
     from components.update.job import Job
     from components.update.metrics import peak_memory_bytes
     from components.update.train import Trainer
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    store, backend = torch.distributed.HashStore(), "nccl" if device == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-    settings = UpdateSettings(
-        learning_rate=LEARNING_RATE, max_grad_norm=CLIP_NORM, correction="none", zero_stage=arguments.zero_stage,
-        max_tokens_per_microbatch=arguments.tokens, gradient_checkpointing=arguments.checkpointing,
-    )  # fmt: skip
+    device = lone_process_group()
+    settings = update_settings(arguments)
     dtype = "bfloat16" if device == "cuda" else "float32"
     job = Job(
         settings=settings, seed=0, temperature=1.0, max_completion_length=arguments.longest, global_step=0,
@@ -110,6 +102,28 @@ def measure_ours(folder: Path, arguments: argparse.Namespace) -> dict:
             torch.cuda.synchronize()
         seconds.append(since(started))
     return {"seconds": seconds, "bytes": peak_memory_bytes(torch.device(device))}
+
+
+def lone_process_group() -> str:
+    """Makes this process the only rank; gives the device to use."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    store, backend = torch.distributed.HashStore(), "nccl" if device == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    return device
+
+
+def update_settings(arguments: argparse.Namespace, **more):
+    """Settings of our update for these arguments."""
+    from components.update.config import UpdateSettings
+
+    return UpdateSettings(
+        learning_rate=LEARNING_RATE, max_grad_norm=CLIP_NORM, correction="none", zero_stage=arguments.zero_stage,
+        max_tokens_per_microbatch=arguments.tokens, gradient_checkpointing=arguments.checkpointing, **more,
+    )  # fmt: skip
 
 
 def measure_trl(folder: Path, arguments: argparse.Namespace) -> dict:

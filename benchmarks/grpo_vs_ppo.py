@@ -81,8 +81,8 @@ def learn(arguments: argparse.Namespace) -> None:
         folder = Path(name)
         for seed in arguments.seeds:
             build = folder / f"{seed}"
-            prepare = [sys.executable, str(recipe / "prepare.py"), "--seed", str(seed)]
-            subprocess.run([*prepare, "--folder", str(build / "build")], check=True, env=environment, stdout=subprocess.DEVNULL)
+            prepare = [sys.executable, str(recipe / "prepare.py"), "--seed", str(seed), "--folder", f"{build}/build"]
+            subprocess.run(prepare, check=True, env=environment, stdout=subprocess.DEVNULL)
             (build / "settings.toml").write_text((recipe / "settings.toml").read_text())
             for algorithm in ALGORITHMS:
                 scores = fine_tune(build, algorithm, seed, arguments, environment)

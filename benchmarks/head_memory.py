@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 WAYS = ("plain", "recomputed", "fused")
 
@@ -42,6 +43,18 @@ def measure(way: str, tokens: int, vocabulary: int, hidden: int, dtype: str) -> 
     return {"bytes": resident(device) - before, "seconds": seconds, "norms": norms}
 
 
+def on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def available_bytes() -> int:
+    """Memory the system can hand out without swapping."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
 def resident(device: str) -> int:
     """Highest memory use so far, bytes."""
     if device == "cuda":
@@ -65,6 +78,9 @@ def main() -> None:
     if arguments.way:
         print(json.dumps(measure(arguments.way, *sizes)))
         return
+    wanted = 3.3 * arguments.tokens * arguments.vocabulary * (4 if arguments.dtype == "float32" else 2)
+    if not on_gpu() and (free := available_bytes()) < wanted:
+        sys.exit(f"the plain way needs {wanted / 2**30:.0f} GiB, {free / 2**30:.0f} are free: lower --tokens")
     results = {}
     for way in WAYS:
         command = [sys.executable, __file__, "--way", way, *sys.argv[1:]]

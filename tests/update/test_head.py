@@ -208,3 +208,24 @@ def test_peak_memory_is_at_least_eight_times_smaller():
     assert plain_kib > 2 * 2048 * 32768 * 4 / 1024  # the measurement sees logits and log-probabilities
     assert peak_kib("recomputed") * 8 < plain_kib
     assert peak_kib("fused") * 8 < plain_kib
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("way", ["recomputed", "fused"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_equals_cpu(way, dtype):
+    """The GPU's path (half precision in, float32 out) against the CPU's in float64; bfloat16 gradients to 8 bits."""
+    hidden_NH, weight_VH, targets_N, coefficients = inputs(dtype)
+    found = []
+    for device, kind in (("cpu", torch.float64), ("cuda", dtype)):
+        hidden, weight = (x.to(device, kind).requires_grad_() for x in (hidden_NH, weight_VH))
+        targets, on_device = targets_N.to(device), token_loss(coefficients.to(device), "logprobs and entropy")
+        options = {"temperature": TEMPERATURE, "chunk_bytes": SMALL}
+        if way == "fused":
+            loss = fused_head_loss(hidden, weight, targets, on_device, **options).loss
+        else:
+            loss = on_device(*linear_logprobs(hidden, weight, targets, **options), slice(0, TOKENS)).sum()
+        loss.backward()
+        found.append([x.detach().double().cpu() for x in (loss, hidden.grad, weight.grad)])
+    for one, other in zip(*found, strict=True):
+        assert (one - other).abs().max() / one.abs().max() < (1e-5 if dtype == torch.float32 else 1e-2)

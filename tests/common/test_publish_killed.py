@@ -1,0 +1,120 @@
+"""SIGKILL at every step of a publish: the store stays readable, and the rerun completes.
+
+The publishing process kills itself right before or right after its n-th step; a step is a request to the server, or a
+system call that changes the folder. n grows until a process gets through.
+"""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.common import artifacts
+from components.common.errors import ArtifactNotFound
+from components.common.lineage import history
+from components.common.manifest import Manifest, Producer
+from components.common.settings import RunContext
+from components.common.store import Store, open_store
+from tests.common.conftest import store_url
+
+MIB = 1 << 20
+CONTEXT = RunContext(fine_tune="tune", run="run-0001", store="", seed=0, iterations=1)
+MOST_STEPS = 60
+
+
+def publish(store: Store, folder: Path) -> Manifest:
+    """A large file in two parts and a small one."""
+    return artifacts.publish(
+        store, CONTEXT, name="policy", kind="policy", files={path.name: path for path in folder.iterdir()}, iteration=1,
+        producer=Producer(stage="update", key="k", settings_digest="", code_version="1"),
+    )  # fmt: skip
+
+
+def count_steps(store: Store, step: Callable[[], None]) -> None:
+    """Calls `step` before every request, and after those that write whole objects; around every change of a folder."""
+    if hasattr(store, "client"):
+        store.client.meta.events.register("before-send.s3", lambda **_: step())
+        store.client.meta.events.register("after-call.s3.PutObject", lambda **_: step())
+        return
+    for module, name in ((shutil, "copyfile"), (os, "replace"), (os, "link"), (os, "fsync")):
+        original = getattr(module, name)
+
+        def counted(*arguments: Any, original: Callable[..., Any] = original) -> Any:
+            step()
+            result = original(*arguments)
+            step()
+            return result
+
+        setattr(module, name, counted)
+
+
+def killed_publish(url: str, folder: Path, at: int) -> None:
+    store, lock, steps = open_store(url), threading.Lock(), 0
+
+    def step() -> None:
+        nonlocal steps
+        with lock:
+            steps += 1
+            if steps == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    count_steps(store, step)
+    publish(store, folder)
+
+
+def run_killed(url: str, folder: Path, at: int) -> bool:
+    """Whether the process was killed before it was done."""
+    process = multiprocessing.get_context("fork").Process(target=killed_publish, args=(url, folder, at))
+    process.start()
+    process.join(60)
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
+
+
+@pytest.mark.parametrize("kind", ["file", "rgw"])
+def test_killed_at_every_step(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(os.urandom(6 * MIB))
+    (folder / "config.json").write_text("{}")
+    at = 1
+    for at in range(1, MOST_STEPS):
+        url = store_url(kind, request, "&part_mib=5").replace("/store", f"/store{at}")
+        if not run_killed(url, folder, at):
+            break
+        store = open_store(url)
+        for one in history(store):  # whatever a reader finds is whole
+            artifacts.fetch(store, one.manifest, tmp_path / "read")
+        made = publish(store, folder)
+        artifacts.fetch(store, made, tmp_path / f"fetched{at}")
+        for path in folder.iterdir():
+            assert (tmp_path / f"fetched{at}" / path.name).read_bytes() == path.read_bytes()
+        if hasattr(store, "unfinished"):
+            assert list(store.unfinished()) == []
+        shutil.rmtree(tmp_path / f"fetched{at}")
+    assert at >= (10 if kind == "file" else 12), "the steps were not counted"
+    assert at < MOST_STEPS - 1, "no publish got through"
+
+
+def test_a_reader_never_sees_a_manifest_before_its_blobs(tmp_path: Path) -> None:
+    """A reader polls while publishes are killed at random moments; what it finds it can fetch."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(os.urandom(2 * MIB))
+    url = (tmp_path / "store").as_uri()
+    for at in range(1, 14):
+        run_killed(url, folder, at)
+        store = open_store(url)
+        try:
+            data = store.get_bytes("manifests/tune/run-0001/0001/policy.json")
+        except ArtifactNotFound:
+            continue
+        artifacts.fetch(store, Manifest.parse(data, where="store"), tmp_path / "read")
+        return
+    raise AssertionError("no publish got through")

@@ -5,7 +5,7 @@
 Same weights (random, Qwen3 shape), same prompts (16 to 48 tokens, G = 8 samples each), same sampling and length.
 
 - `vllm`: `LLM.generate` on the same engine object with the same arguments, against our sampler with what the stage
-  does beside it (collecting samples). The two take turns, in one process; the median is shown. Their start is not in it.
+  does beside it (collecting samples). The two take turns, in one process; the median is shown, without their start.
 - `transformers`: `generate` on the padded batch, against our decode loop, likewise. Ends of completions are drawn:
   both sides count the tokens they kept.
 - start: a process of its own each time, from its first line to the engine being ready; the first start after the
@@ -147,19 +147,24 @@ def compare(arguments: argparse.Namespace) -> dict:
         sampler, bare = TransformersSampler(policy, settings, str), bare_generate
     sides = {"ours": lambda g: ours(sampler, g), "bare": lambda g: bare(sampler, g)}
     speeds: dict[str, list[float]] = {name: [] for name in sides}
+    work: dict[str, list[float]] = {name: [] for name in sides}
     for sample in sides.values():
         sample(groups[:4])  # first calls set things up
     for turn in range(arguments.repeats):
         for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:
             if arguments.side == "vllm":
                 sampler.llm.reset_prefix_cache()
+            cpu = time.process_time()
             count, seconds = sides[name](groups)
             speeds[name].append(count / seconds)
+            work[name].append(count / (time.process_time() - cpu))
     medians = {f"{name} tokens/s": statistics.median(values) for name, values in speeds.items()}
     firsts = {f"{name} first token, ms": 1000 * first_token(sample, groups) for name, sample in sides.items()}
-    ratios = [a / b for a, b in zip(speeds["ours"], speeds["bare"], strict=True)]
-    spread = {"ratio": statistics.median(ratios), "ratio, lowest": min(ratios), "ratio, highest": max(ratios)}
-    return medians | spread | firsts
+    ratios = {
+        "ratio": medians["ours tokens/s"] / medians["bare tokens/s"],
+        "ratio by CPU time": statistics.median(work["ours"]) / statistics.median(work["bare"]),
+    }
+    return medians | ratios | firsts
 
 
 def start(arguments: argparse.Namespace) -> dict:
@@ -186,9 +191,7 @@ def child(python: str, what: str, side: str, policy: Path, arguments: argparse.N
     command += ["--compile"] if arguments.compile else []
     for name, value in more.items():
         command += [f"--{name}", value]
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{what} of {side} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,5 +1,6 @@
 """Which engine samples, and starting it."""
 
+import gc
 import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -41,6 +42,7 @@ def start_engine(
         StageError: the engine did not start; the message names the settings that help.
     """
     longest = max(len(request.prompt_ids) + request.sampling.max_tokens for request in requests)
+    gc.disable()  # importing an engine makes a million objects that stay: looking for garbage takes a sixth of its time
     try:
         if name == "vllm":
             from components.rollout.vllm_sampler import VllmSampler
@@ -57,6 +59,9 @@ def start_engine(
         raise
     except Exception as error:  # whatever an engine fails with, the user gets its words and the settings that help
         raise StageError(_explain(name, error)) from error
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _explain(name: str, error: Exception) -> str:

@@ -23,6 +23,8 @@ log = logging.getLogger("grpo")
 
 VERIFIED = "verified"
 _GIB = 1 << 30
+_CPU_STEP = 4096
+"""Tokens of one engine step on CPU."""
 _BLOCK = 128
 """Tokens of a KV cache block on CPU; smaller elsewhere."""
 
@@ -39,11 +41,9 @@ class VllmSampler:
             unhashed += [f"{self.adapter.name}/{path.name}" for path in self.adapter.glob("*.safetensors")]
         before = {name: file_digest(policy / name) for name in unhashed}
         _prepare_environment(settings)
-        gc.disable()  # vLLM collects garbage five times while it starts; what its import leaves behind is no garbage
         from vllm import LLM
 
-        gc.freeze()
-        gc.enable()
+        gc.freeze()  # vLLM looks for garbage five times while it starts; what its import leaves behind is none
         self.llm = LLM(**engine_arguments(policy, settings, longest=longest, num_requests=num_requests))
         self._digests = self._worker_digests() | {name: file_digest(policy / name) for name in unhashed}
         for name, digest in before.items():
@@ -120,7 +120,9 @@ def engine_arguments(policy: Path, settings: RolloutSettings, *, longest: int, n
         "gpu_memory_utilization": ours.gpu_memory_utilization if on_gpu else None,
         "kv_cache_memory_bytes": None if on_gpu else _cpu_cache_bytes(policy, ours, longest, num_requests),
         "max_num_seqs": ours.max_num_seqs,
-        "max_num_batched_tokens": ours.max_num_batched_tokens,
+        "max_num_batched_tokens": ours.max_num_batched_tokens or (None if on_gpu else max(longest, _CPU_STEP)),
+        # On CPU vLLM 0.32 fails when a seeded request's prompt is cut in two: `CPU Generator does not use offset`.
+        "enable_chunked_prefill": None if on_gpu else False,
         "quantization": ours.quantization,
     }
     if adapter_folder(policy):
@@ -145,7 +147,7 @@ def sampling_params(sampling: Sampling, seed: int) -> "SamplingParams":
         temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k or 0, seed=seed,
         max_tokens=sampling.max_tokens, logprobs=0, stop=list(sampling.stop) or None,
         stop_token_ids=list(sampling.stop_token_ids), detokenize=bool(sampling.stop),
-        output_kind=RequestOutputKind.FINAL_ONLY,
+        output_kind=RequestOutputKind.FINAL_ONLY, flat_logprobs=True,
     )  # fmt: skip
 
 
@@ -153,7 +155,9 @@ def _completion(request: SampleRequest, output: Any) -> Completion:
     ids = list(output.token_ids)
     if output.finish_reason not in ("stop", "length"):
         return Completion.failed(request, f"vLLM ended the request with {output.finish_reason!r}")
-    logprobs = [entry[token].logprob for token, entry in zip(ids, output.logprobs, strict=True)]
+    flat = output.logprobs
+    logprobs = [flat.logprobs[start] for start in flat.start_indices]  # of each position the drawn token comes first
+    assert len(logprobs) == len(ids), f"{len(ids)} tokens, {len(logprobs)} log-probabilities"
     return checked(Completion(request, ids, logprobs, output.finish_reason))
 
 

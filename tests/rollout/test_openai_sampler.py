@@ -59,7 +59,8 @@ def serve(python: str, policy: Path, name: str, folder: Path, *options: str) -> 
     command = [
         python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(policy), "--served-model-name", name,
         "--port", str(port), "--host", "127.0.0.1", "--skip-tokenizer-init", "--enforce-eager", "--dtype", "float32",
-        "--max-model-len", "64", "--generation-config", "vllm", *options,
+        "--max-model-len", "64", "--generation-config", "vllm", "--no-enable-chunked-prefill",
+        "--max-num-batched-tokens", "4096", *options,
     ]  # fmt: skip
     log = (folder / f"{name}.log").open("w")
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT), port

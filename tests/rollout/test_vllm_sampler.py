@@ -9,7 +9,7 @@ import os
 import random
 import subprocess
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +49,11 @@ def requests(sampling: Sampling, num_prompts: int = 16, group_size: int = 4) -> 
 ROUNDS = {name: requests(sampling) for name, sampling in SAMPLINGS.items()}
 ROUNDS["again, fewer"] = ROUNDS["plain"][20:33]  # as a resumed rollout asks
 ROUNDS["many"] = requests(MANY, num_prompts=1, group_size=2000)
+# more prompt tokens than an engine step takes, where vLLM would cut a prompt in two
+ROUNDS["wide"] = [
+    replace(request, prompt_ids=tuple(random.Random(request.prompt_id).choices(range(2, 32), k=43)))
+    for request in requests(SAMPLINGS["plain"], num_prompts=120, group_size=1)
+]
 
 
 def make_adapter(policy: Path, folder: Path) -> Path:
@@ -114,7 +119,7 @@ def differences(model, completions: list[Completion]) -> torch.Tensor:
     return torch.cat([torch.tensor(c.logprobs) - rescored(model, c) for c in completions]).abs()
 
 
-@pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.parametrize("name", [*SAMPLINGS, "wide"])
 @pytest.mark.parametrize("policy", ["float32", "adapted"])
 def test_vllm_logprobs_in_float32_are_those_of_a_forward_pass(probed, policy, name, policy_dir, adapted_dir):
     model = TransformersSampler({"float32": policy_dir, "adapted": adapted_dir}[policy], RolloutSettings(), str).model

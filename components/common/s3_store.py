@@ -24,12 +24,12 @@ DAMAGE_ATTEMPTS = 6
 class S3Store:
     """Objects of one bucket, below one prefix."""
 
-    def __init__(self, location: Location) -> None:
+    def __init__(self, location: Location, client: Any = None) -> None:
         self.location = location
         self.url = location.url
         self.bucket = location.bucket
         self.page = 1000
-        self.client = make_client(location.options)
+        self.client = client or make_client(location.options)
         self.request = Requests(location)
         self.pool = ThreadPoolExecutor(location.options.connections, thread_name_prefix="s3")
         self._upload, self._download = Upload(self), Download(self)

@@ -19,6 +19,8 @@ from components.common import artifacts
 from components.common.errors import ArtifactNotFound
 from components.common.lineage import history
 from components.common.manifest import Manifest, Producer
+from components.common.s3_client import Location, make_client
+from components.common.s3_store import S3Store
 from components.common.settings import RunContext
 from components.common.store import Store, open_store
 from tests.common.conftest import store_url
@@ -54,8 +56,13 @@ def count_steps(store: Store, step: Callable[[], None]) -> None:
         setattr(module, name, counted)
 
 
-def killed_publish(url: str, folder: Path, at: int) -> None:
-    store, lock, steps = open_store(url), threading.Lock(), 0
+def reopen(url: str, client: Any) -> Store:
+    """The store again; making a client takes longer than publishing with it."""
+    return S3Store(Location.parse(url), client) if client else open_store(url)
+
+
+def killed_publish(url: str, client: Any, folder: Path, at: int) -> None:
+    store, lock, steps = reopen(url, client), threading.Lock(), 0
 
     def step() -> None:
         nonlocal steps
@@ -68,9 +75,9 @@ def killed_publish(url: str, folder: Path, at: int) -> None:
     publish(store, folder)
 
 
-def run_killed(url: str, folder: Path, at: int) -> bool:
-    """Whether the process was killed before it was done."""
-    process = multiprocessing.get_context("fork").Process(target=killed_publish, args=(url, folder, at))
+def run_killed(url: str, folder: Path, at: int, client: Any = None) -> bool:
+    """Whether the process was killed before it was done. `client` must be unused: a fork shares its connections."""
+    process = multiprocessing.get_context("fork").Process(target=killed_publish, args=(url, client, folder, at))
     process.start()
     process.join(60)
     assert process.exitcode in (0, -signal.SIGKILL)
@@ -84,11 +91,14 @@ def test_killed_at_every_step(kind: str, request: pytest.FixtureRequest, tmp_pat
     (folder / "model.safetensors").write_bytes(os.urandom(6 * MIB))
     (folder / "config.json").write_text("{}")
     at = 1
+    first = open_store(store_url(kind, request, "&part_mib=5"))
+    unused = make_client(first.location.options) if isinstance(first, S3Store) else None
+    used = first.client if isinstance(first, S3Store) else None
     for at in range(1, MOST_STEPS):
         url = store_url(kind, request, "&part_mib=5").replace("/store", f"/store{at}")
-        if not run_killed(url, folder, at):
+        if not run_killed(url, folder, at, unused):
             break
-        store = open_store(url)
+        store = reopen(url, used)
         for one in history(store):  # whatever a reader finds is whole
             artifacts.fetch(store, one.manifest, tmp_path / "read")
         made = publish(store, folder)

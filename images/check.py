@@ -23,12 +23,14 @@ STAGES = {
 """Stages that run in an image."""
 
 LIBRARIES = {
-    "cpu": ("kfp", "kfp.kubernetes", "datasets", "transformers", "tokenizers", "jinja2", "math_verify", "mlflow",
+    "cpu": ("kfp", "kfp.kubernetes", "datasets", "transformers:AutoTokenizer", "transformers:AutoConfig", "tokenizers", "jinja2", "math_verify", "mlflow",
             "mlflow.models", "kubernetes.client", "huggingface_hub", "typer", "psutil"),
-    "rollout": ("torch", "transformers"),
-    "update": ("torch", "transformers", "peft", "deepspeed", "kubernetes.client"),
+    "rollout": ("torch", "transformers:AutoModelForCausalLM", "transformers:AutoTokenizer"),
+    "update": ("torch", "transformers:AutoModelForCausalLM", "transformers:AutoTokenizer", "peft", "deepspeed", "kubernetes.client"),
     "tracking": ("mlflow", "mlflow.server", "psycopg2", "boto3", "sqlalchemy"),
 }  # fmt: skip
+"""What stages use of others' code; `module:name` where a module loads its parts when they are asked for."""
+
 EVERY_STAGE = ("kfp.dsl.executor_main", "pydantic", "boto3", "blake3", "zstandard", "pyarrow.parquet", "safetensors",
                "google_crc32c")  # fmt: skip
 """The launcher runs `python3 -m kfp.dsl.executor_main`; the rest is the artifact store."""
@@ -56,8 +58,11 @@ def failures(modules: list[str]) -> list[str]:
     """One line for each module that does not import."""
     found = []
     for name in modules:
+        module, _, part = name.partition(":")
         try:
-            importlib.import_module(name)
+            loaded = importlib.import_module(module)
+            if part:
+                getattr(loaded, part)
         except Exception as error:  # anything an import raises is what this check is for
             found.append(f"{name} does not import: {type(error).__name__}: {error}")
     return found

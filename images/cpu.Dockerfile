@@ -7,17 +7,17 @@ ARG BASE=docker.io/library/python:3.11-slim-bookworm
 FROM ${BASE} AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 COPY requirements/cpu.txt /build/requirements.txt
-COPY images/prune.py images/check.py /build/
 # --no-deps: what the lock does not name is not installed. The image gets neither pip nor setuptools.
 RUN python3 -m venv /build/tools && /build/tools/bin/python -m pip install setuptools==84.2.1
 RUN python3 -m venv /opt/venv \
  && /opt/venv/bin/python -m pip install --no-compile --no-deps -r /build/requirements.txt \
  && /opt/venv/bin/python -m pip check \
- && /opt/venv/bin/python -m pip uninstall --yes --quiet pip setuptools \
- && /opt/venv/bin/python /build/prune.py
+ && /opt/venv/bin/python -m pip uninstall --yes --quiet pip setuptools
+COPY images/prune.py images/check.py /build/
 # Bytecode of what stages import and of nothing else: half of a full compilation's size, and a read-only root
 # could not write it later.
-RUN HOME=/tmp /opt/venv/bin/python /build/check.py cpu --libraries
+RUN /opt/venv/bin/python /build/prune.py \
+ && HOME=/tmp /opt/venv/bin/python /build/check.py cpu --libraries
 # The package apart from what it needs: a change of code is a layer of kilobytes.
 COPY pyproject.toml README.md LICENSE /build/src/
 COPY pipeline /build/src/pipeline

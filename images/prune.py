@@ -28,7 +28,8 @@ SOURCES = ("*.pyi", "*.pyx", "*.pxd", "*.pxi", "*.a")
 """For type checkers and compilers."""
 
 NEEDS_TORCH = ("modeling_*.py", "modular_*.py", "image_processing_*.py", "video_processing_*.py", "convert_*.py")
-"""Of transformers: dead without torch, which leaves tokenizers and configurations."""
+"""Of transformers: dead without torch, which leaves tokenizers and configurations. `models/auto` stays whole: its
+modelling modules are tables that the tokenizers' read."""
 
 
 def unwanted(site: Path) -> list[Path]:
@@ -40,7 +41,8 @@ def unwanted(site: Path) -> list[Path]:
     found += [path for pattern in TWICE for path in site.glob(pattern)]
     found += [path for pattern in SOURCES for path in site.rglob(pattern)]
     if not (site / "torch").exists():
-        found += [path for pattern in NEEDS_TORCH for path in (site / "transformers/models").rglob(pattern)]
+        models = [path for path in (site / "transformers/models").glob("*/") if path.name != "auto"]
+        found += [path for pattern in NEEDS_TORCH for folder in models for path in folder.rglob(pattern)]
     return sorted({path for path in found if path.exists()})
 
 

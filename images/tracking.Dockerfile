@@ -4,13 +4,13 @@ ARG BASE=docker.io/library/python:3.11-slim-bookworm
 FROM ${BASE} AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 COPY requirements/tracking.txt /build/requirements.txt
-COPY images/prune.py images/check.py /build/
 RUN python3 -m venv /opt/venv \
  && /opt/venv/bin/python -m pip install --no-compile --no-deps -r /build/requirements.txt \
  && /opt/venv/bin/python -m pip check \
- && /opt/venv/bin/python -m pip uninstall --yes --quiet pip setuptools \
- && /opt/venv/bin/python /build/prune.py
-RUN HOME=/tmp /opt/venv/bin/python /build/check.py tracking --libraries
+ && /opt/venv/bin/python -m pip uninstall --yes --quiet pip setuptools
+COPY images/prune.py images/check.py /build/
+RUN /opt/venv/bin/python /build/prune.py \
+ && HOME=/tmp /opt/venv/bin/python /build/check.py tracking --libraries
 
 FROM ${BASE}
 ARG VERSION=0.0.0

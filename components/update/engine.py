@@ -118,6 +118,8 @@ class Engine:
         self.engine, *_ = import_deepspeed().initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(settings, dtype), dist_init_required=False
         )
+        if self.world_size == 1 and not settings.zero_stage:
+            self.engine.enable_backward_allreduce = False  # nothing to add up, and each gradient would be copied
         self.model: nn.Module = self.engine.module
         self.engine.train()
 

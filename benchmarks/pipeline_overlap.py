@@ -4,8 +4,9 @@
 
 Stage times are inputs, in seconds: put in those of your own run (`grpo show RUN`). Each iteration's sampling is
 `ratio` x `--update` seconds of one GPU, split over the shards (with `--per-shard`: so many seconds on each, more
-samples with more shards); a shard's share varies by a log-normal factor, and reward waits for the slowest. A start (pod, image, policy transfer, engine) holds its GPU and is paid by every task.
-Rollouts and updates have GPUs of their own: one a shard, and `--update-gpus`. The dependencies are the pipeline's:
+samples with more shards); a shard's share varies by a log-normal factor, and reward waits for the slowest. A start
+(pod, image, policy transfer, engine) holds its GPU and is paid by every task. Rollouts and updates have GPUs of their
+own: one a shard, and `--update-gpus`. The dependencies are the pipeline's:
 
     rollout i  needs the policy after update i - 1 - staleness
     reward i   needs every shard of rollout i
@@ -152,8 +153,8 @@ def main() -> None:
     print("|---:|---:|---:|---:|---:|---:|---:|")
     for ratio, shards in itertools.product(RATIOS, SHARDS):
         times = Times(
-            rollout=ratio * arguments.update * (shards if arguments.per_shard else 1), update=arguments.update, reward=arguments.reward,
-            rollout_start=arguments.rollout_start, update_start=arguments.update_start,
+            rollout=ratio * arguments.update * (shards if arguments.per_shard else 1), update=arguments.update,
+            reward=arguments.reward, rollout_start=arguments.rollout_start, update_start=arguments.update_start,
             reward_start=arguments.reward_start, spread=arguments.spread,
         )  # fmt: skip
         plain, stale = (

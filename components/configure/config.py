@@ -64,6 +64,12 @@ class RunSettings(Settings):
                 f"shards: {self.shards} jobs cannot share rollout.num_prompts = {self.rollout.num_prompts}; "
                 f"lower shards to {self.rollout.num_prompts} or raise rollout.num_prompts"
             )
+        judges = [function.title for function in self.reward.functions]
+        if self.evaluate.correct_reward not in (None, *judges):
+            yield (
+                f"evaluate.correct_reward: want one of the reward functions ({', '.join(judges)}), "
+                f"got {self.evaluate.correct_reward!r}"
+            )
 
     def context(self, *, run: str, first_iteration: int) -> RunContext:
         """The part every stage is told."""

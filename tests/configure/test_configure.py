@@ -69,6 +69,11 @@ def test_prompt_and_completion_must_fit_the_context(configure):
         configure({"rollout.max_completion_length": 84})
 
 
+def test_what_is_right_is_said_by_a_reward_function_there_is(configure):
+    with pytest.raises(SettingsError, match=r"correct_reward: want one of the reward functions \(\w+\), got 'mach'"):
+        configure(evaluate={"correct_reward": "mach"})
+
+
 def test_more_shards_than_prompts(configure):
     with pytest.raises(SettingsError, match=r"lower shards to 3 or raise rollout\.num_prompts"):
         configure({"rollout.num_prompts": 3}, shards=4)

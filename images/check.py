@@ -23,10 +23,11 @@ STAGES = {
 """Stages that run in an image."""
 
 LIBRARIES = {
-    "cpu": ("kfp", "kfp.kubernetes", "datasets", "transformers:AutoTokenizer", "transformers:AutoConfig", "tokenizers", "jinja2", "math_verify", "mlflow",
-            "mlflow.models", "kubernetes.client", "huggingface_hub", "typer", "psutil"),
+    "cpu": ("kfp", "kfp.kubernetes", "datasets", "transformers:AutoTokenizer", "transformers:AutoConfig", "tokenizers",
+            "jinja2", "math_verify", "mlflow", "mlflow.models", "kubernetes.client", "huggingface_hub", "typer", "psutil"),
     "rollout": ("torch", "transformers:AutoModelForCausalLM", "transformers:AutoTokenizer"),
-    "update": ("torch", "transformers:AutoModelForCausalLM", "transformers:AutoTokenizer", "peft", "deepspeed", "kubernetes.client"),
+    "update": ("torch", "transformers:AutoModelForCausalLM", "transformers:AutoTokenizer", "peft", "deepspeed",
+               "kubernetes.client"),
     "tracking": ("mlflow", "mlflow.server", "psycopg2", "boto3", "sqlalchemy"),
 }  # fmt: skip
 """What stages use of others' code; `module:name` where a module loads its parts when they are asked for."""

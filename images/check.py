@@ -24,7 +24,8 @@ STAGES = {
 
 LIBRARIES = {
     "cpu": ("kfp", "kfp.kubernetes", "datasets", "transformers:AutoTokenizer", "transformers:AutoConfig", "tokenizers",
-            "jinja2", "math_verify", "mlflow", "mlflow.models", "kubernetes.client", "huggingface_hub", "typer", "psutil"),
+            "jinja2", "math_verify", "mlflow", "mlflow.models", "kubernetes.client", "huggingface_hub", "typer",
+            "psutil"),
     "rollout": ("torch", "transformers:AutoModelForCausalLM", "transformers:AutoTokenizer"),
     "update": ("torch", "transformers:AutoModelForCausalLM", "transformers:AutoTokenizer", "peft", "deepspeed",
                "kubernetes.client"),

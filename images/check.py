@@ -78,6 +78,14 @@ def excess(image: str) -> list[str]:
     return found
 
 
+def uncompiled() -> list[str]:
+    """DeepSpeed operations that would be compiled when a pod first uses them."""
+    from deepspeed.git_version_info import accelerator_name, installed_ops
+
+    wanted = {"cuda": ("fused_adam", "cpu_adam"), "cpu": ("deepspeed_shm_comm",)}.get(accelerator_name, ())
+    return [f"DeepSpeed's {name} is not compiled for {accelerator_name}" for name in wanted if not installed_ops[name]]
+
+
 def versions() -> dict[str, str]:
     """Versions of the packages that decide what a stage computes."""
     found = {"python": sys.version.split()[0]}
@@ -100,6 +108,7 @@ def main() -> int:
     found = failures(libraries(arguments.image))
     if not arguments.libraries:
         found += failures(own(arguments.image)) + excess(arguments.image)
+        found += uncompiled() if arguments.image == "update" else []
     print(json.dumps({"image": arguments.image, "versions": versions(), "problems": found}, indent=2))
     return 1 if found else 0
 

@@ -84,7 +84,7 @@ class _Graph:
         if not self.settings.skip_unchanged_data:
             self._iterate()
             return
-        with dsl.If(found.outputs["changed"] == "yes", name="data has changed"):
+        with dsl.If(found.outputs["Output"] == "new", name="data has changed"):
             self._iterate()
 
     def _iterate(self) -> None:

@@ -20,10 +20,10 @@ _MANIFESTS = ("policy", "optimizer", "reference", "history")
 def _source(fields: list[FormField]) -> str:
     inputs = ["settings: str", "run: str", "job_id: str", *(f"{field.name}: {field.kind.__name__}" for field in fields)]
     outputs = [f"{name}: dsl.Output[dsl.Artifact]" for name in _MANIFESTS]
-    outputs += [f"{name}_settings: dsl.OutputPath(str)" for name in (*STAGE_SECTIONS, "run")]
+    outputs += [f"{name}_settings: {_settings_kind(name)}" for name in (*STAGE_SECTIONS, "run")]
     parameters = ", ".join(f"{json.dumps(field.dotted)}: {field.name}" for field in fields)
     paths = [f"{name}={name}.path" for name in _MANIFESTS]
-    paths += [f"{name}_settings={name}_settings" for name in (*STAGE_SECTIONS, "run")]
+    paths += [f"{name}_settings={_settings_path(name)}" for name in (*STAGE_SECTIONS, "run")]
     return "\n".join([
         f"def configure({', '.join(inputs + outputs)}):",
         '    """Checks the settings and resolves them a stage; publishes the start policy."""',
@@ -34,6 +34,15 @@ def _source(fields: list[FormField]) -> str:
         f" {', '.join(paths)})",
         "",
     ])  # fmt: skip
+
+
+def _settings_kind(section: str) -> str:
+    """Settings are text parameters, which the UI shows; a file for rollout, whose task may stand in a loop."""
+    return "dsl.Output[dsl.Artifact]" if section == "rollout" else "dsl.OutputPath(str)"
+
+
+def _settings_path(section: str) -> str:
+    return f"{section}_settings.path" if section == "rollout" else f"{section}_settings"
 
 
 def _component() -> Any:

@@ -8,11 +8,10 @@ def dataset(
     settings: str,
     policy: dsl.Input[dsl.Artifact],
     prompts: dsl.Output[dsl.Artifact],
-    changed: dsl.OutputPath(str),
-):
+) -> str:
     """Makes train and eval prompts of a data set, tokenised for the policy."""
     from pathlib import Path
 
     from components.dataset.stage import run
 
-    run(settings=settings, policy=Path(policy.path), prompts=Path(prompts.path), changed=Path(changed))
+    return run(settings=settings, policy=Path(policy.path), prompts=Path(prompts.path))

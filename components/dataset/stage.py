@@ -24,26 +24,24 @@ if TYPE_CHECKING:
 log = logging.getLogger("grpo")
 
 
-def run(settings: str, policy: Path, prompts: Path, changed: Path | None = None) -> None:
-    """Makes train and eval prompts of a data set.
+def run(settings: str, policy: Path, prompts: Path) -> str:
+    """Makes train and eval prompts of a data set; gives "unchanged" when the champion was trained on that, else "new".
 
     settings: JSON of the run's context and this stage's settings, or a file of it. policy: manifest of the policy
-    whose tokenizer is used. prompts: manifest to write. changed: file that gets "no" when the champion was trained on
-    this very data set, else "yes".
+    whose tokenizer is used. prompts: manifest to write.
     """
     stage = Stage("dataset", DatasetSettings, settings, inputs={"policy": policy}, outputs={"prompts": prompts})
     run_stage(stage, _dataset)
-    if changed is not None:
-        with task_log(stage.events.log_path):
-            Path(changed).write_text(_changed(stage, Manifest.load(prompts)))
+    with task_log(stage.events.log_path):
+        return _news(stage, Manifest.load(prompts))
 
 
-def _changed(stage: Stage[DatasetSettings], prompts: Manifest) -> str:
+def _news(stage: Stage[DatasetSettings], prompts: Manifest) -> str:
     present = champion.read(stage.store, stage.context.fine_tune)
     if present is None or present.dataset_digest != prompts.metadata["dataset_digest"]:
-        return "yes"
+        return "new"
     log.info("the data set has not changed since %s was accepted (%s)", present.manifest, present.accepted)
-    return "no"
+    return "unchanged"
 
 
 def _dataset(stage: Stage[DatasetSettings]) -> None:

@@ -5,7 +5,7 @@ from kfp import dsl
 
 @dsl.component(base_image="grpo-pipeline/rollout-python", install_kfp_package=False)
 def rollout(
-    settings: str,
+    settings: dsl.Input[dsl.Artifact],  # a file: kfp.local 2.17 gives a parameter inside a loop the loop's item
     iteration: int,
     shard: int,
     policy: dsl.Input[dsl.Artifact],
@@ -16,6 +16,6 @@ def rollout(
     from components.rollout.stage import run
 
     run(
-        settings=settings, iteration=iteration, shard=shard,
+        settings=settings.path, iteration=iteration, shard=shard,
         policy=policy.path, prompts=prompts.path, completions=completions.path,
     )  # fmt: skip

@@ -149,7 +149,7 @@ def test_gpu_stages_ask_for_gpus_and_tolerate_and_select_their_pool(two_iteratio
 def test_a_schedule_ends_early_when_the_data_has_not_changed(tmp_path):
     tasks = compiled(tmp_path, skip_unchanged_data=True)[0]["root"]["dag"]["tasks"]
     (conditional,) = [task for task in tasks.values() if "triggerPolicy" in task]
-    assert conditional["triggerPolicy"]["condition"].endswith("== 'yes'")
+    assert conditional["triggerPolicy"]["condition"].endswith("== 'new'")
     assert {task["taskInfo"]["name"] for task in tasks.values()} == {"configure", "dataset", "data has changed"}
 
 

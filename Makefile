@@ -4,9 +4,9 @@ VENV := .venv
 VLLM := .venv-vllm
 PYTHON ?= python3
 TORCH ?= cpu
-export PYTHON TORCH
+export PYTHON TORCH REGISTRY TAG
 
-.PHONY: help demo test lint docs clean
+.PHONY: help demo test lint docs images kind-up kind-test kind-down clean
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -16,11 +16,15 @@ $(VENV)/.installed: requirements/torch.txt requirements/local.txt requirements/t
 $(VLLM)/.installed: requirements/torch.txt requirements/rollout.txt pyproject.toml scripts/install.sh
 	scripts/install.sh $(VLLM) requirements/rollout.txt
 
+$(VENV)/.system: $(VENV)/.installed scripts/system.sh scripts/ceph_rgw.py
+	scripts/system.sh $(VENV)/bin/python
+	touch $@
+
 demo: $(VENV)/.installed ## A real GRPO run here: a tiny model learns arithmetic, in minutes
 	$(VENV)/bin/python recipes/arithmetic/prepare.py
 	$(VENV)/bin/grpo run recipes/arithmetic/settings.toml
 
-test: $(VENV)/.installed $(VLLM)/.installed ## All tests
+test: $(VENV)/.system $(VLLM)/.installed ## All tests that need neither GPU nor cluster
 	$(VENV)/bin/ruff check .
 	GRPO_VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(VENV)/bin/python -m pytest
 
@@ -29,6 +33,18 @@ lint: $(VENV)/.installed ## Style and mistakes
 
 docs: $(VENV)/.installed ## Generate docs/configuration.md and the picture of the pipeline
 	$(VENV)/bin/python -m pipeline.reference
+
+images: ## Build the images: make images REGISTRY=registry.example/team TAG=v1
+	scripts/build_images.sh
+
+kind-up: ## A kind cluster with Kubeflow, storage, MLflow, Trainer and simulated GPUs
+	k8s/kind/up.sh
+
+kind-test: ## The arithmetic recipe on that cluster
+	k8s/kind/test.sh
+
+kind-down: ## Remove the cluster
+	k8s/kind/down.sh
 
 clean: ## Remove environments and runs
 	rm -rf $(VENV) $(VLLM) runs build recipes/*/build

@@ -17,7 +17,7 @@ if [ "$torch" != cpu ] || ! "${pip[@]}" install "torch==$version+cpu" 2>/dev/nul
 fi
 for file in "$@"; do
     echo "$file"
-    "${pip[@]}" install --requirement "$file"
+    "${pip[@]}" install --no-deps --requirement "$file"
 done
 "${pip[@]}" install --no-deps --no-build-isolation --editable .
 touch "$venv/.installed"

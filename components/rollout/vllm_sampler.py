@@ -173,11 +173,12 @@ def _prepare_environment(settings: RolloutSettings) -> None:
         "VLLM_CACHE_ROOT": settings.vllm.cache_dir,
     }
     if not torch.cuda.is_available():
+        if settings.num_threads:
+            torch.set_num_threads(settings.num_threads)  # later vLLM forbids it
         variables |= {
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # shards share the cores; binding puts them all on the same ones
             # One small function stays under torch.compile even in eager mode; compiling it takes longer than a rollout.
             "TORCHDYNAMO_DISABLE": None if settings.vllm.enforce_eager is False else "1",
-            "OMP_NUM_THREADS": str(settings.num_threads) if settings.num_threads else None,
         }
     for name, value in variables.items():
         if value is not None:

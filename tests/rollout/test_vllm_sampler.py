@@ -90,7 +90,9 @@ def probed(vllm_python, policy_dir, bf16_dir, adapted_dir, tmp_path_factory) -> 
         (cut / path.name).write_bytes(path.read_bytes()[: 20_000 if path.suffix == ".safetensors" else None])
     policies = {"float32": policy_dir, "bfloat16": bf16_dir, "adapted": adapted_dir, "cut": cut}
     rounds = [[asdict(request) for request in wanted] for wanted in ROUNDS.values()]
+    policies["greedy for memory"] = policy_dir
     plan = {"policies": [{"folder": str(path), "rounds": rounds} for path in policies.values()]}
+    plan["policies"][-1]["settings"] = {"vllm": {"cpu_kv_cache_gib": 100_000}}
     (folder / "plan.json").write_text(json.dumps(plan))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [vllm_python, str(Path(__file__).with_name("vllm_probe.py")), "plan.json", "out.json"]
@@ -200,3 +202,10 @@ def test_digests_are_those_of_the_files_that_were_loaded(probed, policy_dir, ada
 
 def test_cut_weights_do_not_start(probed):
     assert "is not a whole safetensors file" in probed["cut"]["error"]
+
+
+def test_an_engine_that_gets_no_memory_names_the_setting(probed):
+    error = probed["greedy for memory"]["error"]
+    assert error.startswith("StageError: the vllm engine did not start: ")
+    assert "it ran out of memory: lower rollout.vllm.gpu_memory_utilization" in error
+    assert "rollout.vllm.cpu_kv_cache_gib" in error

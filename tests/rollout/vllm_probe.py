@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 from components.rollout.config import RolloutSettings
+from components.rollout.engines import start_engine
 from components.rollout.sampler import SampleRequest, Sampling
-from components.rollout.vllm_sampler import VllmSampler
 
 
 def requests_of(entries: list[dict]) -> list[SampleRequest]:
@@ -30,12 +30,12 @@ def requests_of(entries: list[dict]) -> list[SampleRequest]:
 def probe(policy: dict) -> dict:
     """Starts an engine for one policy and draws each of its rounds."""
     started = time.monotonic()
-    engine = VllmSampler(
-        Path(policy["folder"]), RolloutSettings(**policy.get("settings", {})), longest=64, num_requests=256
-    )
+    rounds = [requests_of(entries) for entries in policy["rounds"]]
+    settings = RolloutSettings.model_validate(policy.get("settings", {}))
+    everything = [request for requests in rounds for request in requests]
+    engine = start_engine("vllm", settings, Path(policy["folder"]), None, lambda ids: [""], everything)
     outcome = {"start_seconds": time.monotonic() - started, "digests": engine._digests, "rounds": []}
-    for entries in policy["rounds"]:
-        requests = requests_of(entries)
+    for requests in rounds:
         found = {id(c.request): c for batch in engine.sample(requests) for c in batch}
         completions = [found[id(request)] for request in requests]
         outcome["rounds"].append([[c.completion_ids, c.logprobs, c.finish_reason, c.error] for c in completions])

@@ -5,14 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from components.common.kube import TRAIN_JOB_RUN_LABEL, TRAIN_JOBS
 from pipeline.connection import ClusterError, call, status_of
 from pipeline.submitting import TERMINAL
 
 POLL_SECONDS = 5.0
 RUN_LABEL = "pipeline/runid"
 STAGE_LABEL = "app.kubernetes.io/component"
-TRAIN_JOB_RUN_LABEL = "grpo-pipeline/run"
-TRAIN_JOBS = {"group": "trainer.kubeflow.org", "version": "v1alpha1", "plural": "trainjobs"}
 DRIVER_NAMES = ("-dag-driver", "-container-driver", "root-driver", "root", "-driver")
 """Endings of task names that are Kubeflow's own, not ours."""
 

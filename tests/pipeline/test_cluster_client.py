@@ -12,9 +12,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from cluster_server import Cluster
 
+from components.common import kube
 from components.common.errors import SettingsError
 from components.common.settings import validate
-from pipeline import connection
 from pipeline.chain import go_on
 from pipeline.compiling import iterations_that_fit
 from pipeline.connection import ClusterError, Connection
@@ -28,7 +28,7 @@ STAGES = ("configure", "dataset", "rollout", "reward", "update", "evaluate", "pu
 
 @pytest.fixture
 def cluster(monkeypatch):
-    monkeypatch.setattr(connection, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(kube, "FIRST_PAUSE_SECONDS", 0.01)
     monkeypatch.delenv("KF_PIPELINES_SA_TOKEN_PATH", raising=False)
     found = Cluster()
     yield found
@@ -104,7 +104,7 @@ def test_a_server_that_stays_broken_is_given_up(cluster, client):
     cluster.faults["/pipelines"] = [500] * 99
     with pytest.raises(ClusterError, match="ml-pipeline"):
         submit(client, settings())
-    assert cluster.counted("GET", "/pipelines") == connection.ATTEMPTS
+    assert cluster.counted("GET", "/pipelines") == kube.ATTEMPTS
 
 
 def test_an_expired_token_and_an_unreachable_host(cluster):

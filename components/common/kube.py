@@ -1,0 +1,89 @@
+"""Calls of Kubeflow Pipelines and Kubernetes: asked again when the server is busy, explained when it refuses."""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from components.common.errors import GrpoError
+
+ATTEMPTS = 5
+FIRST_PAUSE_SECONDS = 0.5
+TRAIN_JOBS = {"group": "trainer.kubeflow.org", "version": "v1alpha1", "plural": "trainjobs"}
+WORKFLOWS = {"group": "argoproj.io", "version": "v1alpha1", "plural": "workflows"}
+TRAIN_JOB_RUN_LABEL = "grpo-pipeline/run"
+"""Label of a TrainJob with the id of the run it belongs to."""
+PART_OF = {"app.kubernetes.io/part-of": "grpo-pipeline"}
+"""Label of everything of ours."""
+
+T = TypeVar("T")
+
+
+class ClusterError(GrpoError):
+    """Kubeflow Pipelines or Kubernetes refused or cannot be reached."""
+
+
+def call(what: str, request: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    """Makes a request; busy and broken servers are asked again, with growing pauses.
+
+    Raises:
+        ClusterError: refused, or still failing after some attempts; the message says how to mend it.
+    """
+    pause = FIRST_PAUSE_SECONDS
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return request(*arguments, **options)
+        except Exception as error:  # kfp, kubernetes and urllib3 have no common base
+            if attempt == ATTEMPTS or not _passing(error):
+                raise explain(error, what) from error
+        time.sleep(pause)
+        pause *= 2
+    raise AssertionError("unreachable")
+
+
+def status_of(error: BaseException) -> int | None:
+    """HTTP status of a client's exception, if it has one."""
+    status = getattr(error, "status", None)
+    return status if isinstance(status, int) and status > 0 else None
+
+
+def _passing(error: BaseException) -> bool:
+    status = status_of(error)
+    return status == 429 or (status is not None and status >= 500) or (status is None and _is_network(error))
+
+
+def _is_network(error: BaseException) -> bool:
+    import urllib3
+
+    return isinstance(error, urllib3.exceptions.HTTPError | ConnectionError | TimeoutError)
+
+
+def explain(error: BaseException, what: str) -> GrpoError:
+    """The error a user gets for a client's exception."""
+    if isinstance(error, GrpoError):
+        return error
+    status, told = status_of(error), _told(error)
+    mends = {
+        401: "the token or cookie is missing or expired: log in again and pass --token or --cookie",
+        403: "forbidden: the account lacks a right; `grpo doctor` names it, `kubectl apply -k k8s/base` grants it",
+        404: "not found: check the name and --namespace",
+        409: "it is there already: choose another name, or wait until the other is gone",
+        429: "the server is busy: try again in a minute",
+    }
+    if status is None:
+        return ClusterError(
+            f"cannot {what}: {told}; check --host and the network (`grpo doctor` tells what is reachable)"
+        )
+    mend = mends.get(status, "the server failed: look at the logs of ml-pipeline in the kubeflow namespace")
+    return ClusterError(f"cannot {what}: HTTP {status}, {mend} ({told})")
+
+
+def _told(error: BaseException) -> str:
+    body = getattr(error, "body", None)
+    text = body.decode(errors="replace") if isinstance(body, bytes) else body
+    try:
+        values = json.loads(text or "")
+        found = values.get("error_message") or values.get("message") or values.get("error") or text
+    except (json.JSONDecodeError, AttributeError):
+        found = text or str(error) or type(error).__name__
+    return " ".join(str(found).split())[:300]

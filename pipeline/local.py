@@ -34,6 +34,8 @@ def run_here(run: RunDir, settings: PipelineSettings, watch: Callable[[list[dict
         StageError: a stage failed, or another run of this fine-tune goes on.
         KeyboardInterrupt: stopped by the user; the children are gone by then and the run can be resumed.
     """
+    if settings.update.nodes > 1:
+        raise StageError(f"update.nodes = {settings.update.nodes} needs a cluster; here: --set update.nodes=1")
     with locked(settings.fine_tune) as lock:
         run.begin(settings.model_dump_json(indent=1))
         earlier = len(read_events(run.path))

@@ -9,8 +9,8 @@ from typing import Any
 
 WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN, TOP = 118, 52, 34, 30, 24, 74
 POOLS = {
-    "rollout": ("GPU pool · vLLM", "gpu"),
-    "update": ("GPU pool · DeepSpeed", "gpu"),
+    "rollout": ("GPU · vLLM", "gpu"),
+    "update": ("GPU · DeepSpeed", "gpu"),
     "reward": ("CPU · sandbox", "cpu"),
     "publish": ("CPU · MLflow", "cpu"),
 }
@@ -113,8 +113,8 @@ def _bands(place: Mapping[str, tuple[int, int]], label: Mapping[str, str]) -> li
     """A dashed frame around each iteration."""
     iterations: dict[str, list[int]] = {}
     for name, (column, _) in place.items():
-        stage, _, number = label[name].partition(" ")
-        if number and stage != "evaluate":
+        _, _, number = label[name].partition(" ")
+        if number:
             iterations.setdefault(number, []).append(column)
     frames = []
     last = max(iterations, key=int)

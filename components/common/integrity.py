@@ -40,14 +40,14 @@ def crc32c(data: bytes) -> str:
     return b64encode(google_crc32c.value(data).to_bytes(4, "big")).decode()
 
 
-def check_stored(answer: dict[str, Any], data: bytes) -> None:
-    """Checks what the server says it stored: by CRC32C, or by MD5 when it knows no CRC32C.
+def check_stored(answer: dict[str, Any], data: bytes, sums: dict[str, str]) -> None:
+    """Checks what the server says it stored: by the CRC32C in `sums`, or by MD5 when it knows no CRC32C.
 
     Raises:
         Damaged: it stored something else.
     """
     if stored := answer.get("ChecksumCRC32C"):
-        good = stored == crc32c(data)
+        good = stored == sums["ChecksumCRC32C"]
     else:
         etag = answer.get("ETag", "").strip('"')
         good = not re.fullmatch(r"[0-9a-f]{32}", etag) or etag == md5(data, usedforsecurity=False).hexdigest()

@@ -82,11 +82,11 @@ class S3Store:
         arguments = self.name(key) | {"Metadata": {DIGEST_HEADER: blake3(data).hexdigest(), "writer": writer}}
         if if_absent:
             arguments["IfNoneMatch"] = "*"
-        attempts = []
+        sums, attempts = checksum(data), []
 
         def put(attempt: int) -> None:
             attempts.append(attempt)
-            check_stored(self.client.put_object(Body=data, **checksum(data), **arguments), data)
+            check_stored(self.client.put_object(Body=data, **sums, **arguments), data, sums)
 
         try:
             self.request(f"writing {key}", put)

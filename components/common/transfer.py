@@ -45,9 +45,10 @@ class Upload:
             self._parts(path, key, size, part, metadata, resume=bool(named))
 
     def _whole(self, data: bytes, key: str, metadata: dict[str, Any]) -> None:
-        arguments = self.store.name(key) | metadata | checksum(data)
+        sums = checksum(data)
+        arguments = self.store.name(key) | metadata | sums
         put = self.store.client.put_object
-        self.store.request(f"writing {key}", lambda _: check_stored(put(Body=data, **arguments), data))
+        self.store.request(f"writing {key}", lambda _: check_stored(put(Body=data, **arguments), data, sums))
 
     def _parts(self, path: Path, key: str, size: int, part: int, metadata: dict[str, Any], *, resume: bool) -> None:
         """Only a blob's upload is resumed: its name promises that the parts are of the same content."""
@@ -100,11 +101,11 @@ class Upload:
             data = os.pread(file, part, (number - 1) * part)
             stored = there.get(number)
             if stored is None or not _same(stored, data):
-                upload = self.store.client.upload_part
+                upload, sums = self.store.client.upload_part, checksum(data)
 
                 def put(attempt: int) -> Any:
-                    answer = upload(**name, PartNumber=number, Body=data, **checksum(data))
-                    check_stored(answer, data)
+                    answer = upload(**name, PartNumber=number, Body=data, **sums)
+                    check_stored(answer, data, sums)
                     return answer
 
                 stored = self.store.request(f"writing part {number} of {key}", put)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from components.common.errors import DataError
+
 IMPLEMENTATION = "grpo_packed"
 
 
@@ -62,7 +64,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence; gives (1, T, H, D), as transformers' attention functions do."""
     if sliding_window is not None and sliding_window < packing.longest:
-        raise NotImplementedError(
+        raise DataError(
             f"packed sequences of {packing.longest} tokens exceed the model's sliding window of {sliding_window}; "
             'set layout = "padded"'
         )

@@ -132,6 +132,8 @@ class UpdateSettings(Settings):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; `auto`: on GPUs where there are any."""
+    nodes: int = Field(default=1, ge=1, le=256)
+    """Machines of one update; above 1 a Kubeflow TrainJob on a cluster, each node a pod of `[cluster.update]`."""
     num_processes: Literal["auto"] | int = "auto"
     """Processes a node; `auto`: one a GPU, one on CPU."""
     num_threads: int = Field(default=0, ge=0)
@@ -150,8 +152,9 @@ class UpdateSettings(Settings):
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
     layout: Literal["packed", "padded"] = "packed"
     """`packed`: sequences one after another, no padding; `padded`: for models whose attention cannot be replaced."""
-    max_tokens_per_microbatch: int = Field(default=16_384, ge=1)
-    """Tokens of one forward and backward pass on one process; a longer sequence is a micro-batch of its own."""
+    max_tokens_per_microbatch: Literal["auto"] | int = "auto"
+    """Tokens of one forward and backward pass on one process; a longer sequence is a micro-batch of its own. `auto`:
+    16,384 on GPU, 2,048 on CPU, where a larger one falls out of the cache."""
 
     lora: LoraSettings = LoraSettings()
     """Low-rank adapters."""
@@ -180,6 +183,8 @@ class UpdateSettings(Settings):
              f"got {self.schedule_steps}; count the optimizer steps of the whole fine-tune"),
             (self.num_processes != "auto" and self.num_processes < 1,
              f"num_processes must be \"auto\" or at least 1, got {self.num_processes}"),
+            (self.max_tokens_per_microbatch != "auto" and self.max_tokens_per_microbatch < 1,
+             f"max_tokens_per_microbatch must be \"auto\" or at least 1, got {self.max_tokens_per_microbatch}"),
             (self.zero_stage == 0 and self.dtype == "bfloat16",
              "zero_stage = 0 adds gradients up in bfloat16; set zero_stage = 1 (the same memory on one process)"),
             (self.offload_optimizer and self.zero_stage == 0,

@@ -64,9 +64,7 @@ def add_advantages(columns: Columns, batch: Batch, settings: UpdateSettings) -> 
         old_N, reference_N = (torch.from_numpy(column[flat_N]) for column in (columns.old, columns.reference))
         kl_N = kl_estimate(settings.kl_estimator, old_N, reference_N)
     rewards_N = token_rewards(torch.from_numpy(batch.rewards[members, 0]), lengths_S, kl_N, settings.beta)
-    advantages_N, returns_N = gae(
-        rewards_N, values_N, lengths_S, gamma=settings.ppo.gamma, lam=settings.ppo.gae_lambda
-    )
+    advantages_N, returns_N = gae(rewards_N, values_N, lengths_S, gamma=settings.ppo.gamma, lam=settings.ppo.gae_lambda)
     figures = {"critic/explained_variance": explained_variance(values_N, returns_N)}
     if settings.ppo.whiten_advantages:
         advantages_N = whiten(advantages_N)

@@ -1,8 +1,8 @@
 """What the stage hands to its worker processes, and what they hand back: plain files in one folder.
 
-    job.json, batch.npz           written by the stage, with `policy/`, `optimizer/`, `reference/` where needed
-    result.json, next/…           written by the workers; nothing of it counts unless every one ends well
-    failure-<rank>.json           a worker's error that is meant for the user
+job.json, batch.npz           written by the stage, with `policy/`, `optimizer/`, `reference/` where needed
+result.json, next/…           written by the workers; nothing of it counts unless every one ends well
+failure-<rank>.json           a worker's error that is meant for the user
 """
 
 import json

@@ -112,9 +112,7 @@ class ScoringHead(nn.Module):
         if token_loss is None:
             scores = linear_logprobs(hidden_NH, self.weight, targets_N, temperature=temperature, tied=self.tied)
             return hidden_NH.new_zeros(()), *scores
-        result = fused_head_loss(
-            hidden_NH, self.weight, targets_N, token_loss, temperature=temperature, tied=self.tied
-        )
+        result = fused_head_loss(hidden_NH, self.weight, targets_N, token_loss, temperature=temperature, tied=self.tied)
         return result.loss, result.logprobs_N, result.entropy_N
 
 

@@ -1,6 +1,6 @@
 """What a micro-batch's tokens are trained towards: the loss of each, and the figures about it.
 
-    S completions      N completion tokens of a micro-batch, n of a chunk of them
+S completions      N completion tokens of a micro-batch, n of a chunk of them
 """
 
 from dataclasses import dataclass

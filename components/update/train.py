@@ -1,6 +1,6 @@
 """The worker: one process of the update, started by `launch.py` on every device.
 
-    S completions      N completion tokens of a micro-batch      W ranks
+S completions      N completion tokens of a micro-batch      W ranks
 """
 
 import os

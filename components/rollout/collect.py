@@ -5,8 +5,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Self
 
 from components.common.errors import HealthError, StageError
 from components.rollout.config import RolloutSettings
@@ -74,12 +74,13 @@ def draw_all(collection: Collection, sampler: Sampler, settings: RolloutSettings
     """
     requests = [request for group in collection.pending for request in group.requests]
     started = told = saved = time.monotonic()
-    with _terminable() as check_terminated:
+    with _Termination() as termination:
         try:
-            for batch in sampler.sample(requests):
+            batches = iter(sampler.sample(requests))
+            while (batch := termination.interruptible(batches)) is not None:
                 for completion in batch:
                     collection.add(completion)
-                check_terminated()
+                termination.check()
                 now = time.monotonic()
                 if now - saved >= settings.save_every_seconds:
                     collection.save()
@@ -112,20 +113,38 @@ def _check_failures(collection: Collection, settings: RolloutSettings) -> None:
     log.warning("%s; they are recorded as failed", message)
 
 
-@contextmanager
-def _terminable() -> Iterator[Callable[[], None]]:
-    """Turns SIGTERM into an error at the next batch; only the main thread may catch signals."""
-    told = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
+class _Termination:
+    """Turns SIGTERM into a StageError: at once while the engine works, else when what is being noted is noted.
 
-    def check() -> None:
-        if told.is_set():
+    Only the main thread may catch signals; in another one this does nothing.
+    """
+
+    def __enter__(self) -> Self:
+        self._told = self._engine_works = False
+        self._catches = threading.current_thread() is threading.main_thread()
+        if self._catches:
+            self._before = signal.signal(signal.SIGTERM, self._tell)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._catches:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def interruptible(self, batches: Iterator[Sequence[Completion]]) -> Sequence[Completion] | None:
+        """The engine's next completions; None when there are no more."""
+        self._engine_works = True
+        try:
+            return next(batches, None)
+        finally:
+            self._engine_works = False
+
+    def check(self) -> None:
+        """Raises if the process was told to end."""
+        if self._told:
             raise StageError("told to end (SIGTERM): finished groups are saved, the next start goes on with the others")
 
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def _tell(self, *_: object) -> None:
+        self._told = True
+        if self._engine_works:
+            self._engine_works = False  # a second signal must not disturb the saving
+            self.check()

@@ -140,6 +140,23 @@ def test_sigterm_saves_what_is_finished_and_says_so(make_job, one_thread):
     assert job.run(**settings, progress_every_seconds=0.001).digest == undisturbed.digest
 
 
+def test_sigterm_does_not_wait_for_the_engine(make_job):
+    """One batch holds the whole job and takes minutes; the process must end long before."""
+    job = make_job(num_train=120)
+    child = spawn(
+        job, **LONG | {"batch_size": 4096, "max_completion_length": 110, "group_size": 400, "stop_token_ids": []}
+    )
+    for line in child.stdout:
+        if "started in" in line:
+            break
+    time.sleep(0.5)
+    child.send_signal(signal.SIGTERM)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 2
+    assert "told to end (SIGTERM)" in errors
+    assert saved_parts(job) == []
+
+
 def test_cut_and_foreign_parts_are_dropped_and_drawn_again(make_job, one_thread, monkeypatch):
     undisturbed = make_job(name="undisturbed", num_train=120).run(**LONG)
     job = make_job(name="stopped", num_train=120)

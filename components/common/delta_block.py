@@ -29,7 +29,7 @@ def encode(old: memoryview, new: memoryview, width: int) -> tuple[int, list[byte
     import numpy as np
 
     old_E, new_E = (np.frombuffer(data, f"<u{width}") for data in (old, new))
-    positions_C = np.flatnonzero(old_E != new_E)
+    positions_C = np.flatnonzero(np.not_equal(old_E, new_E, out=_room(new_E.size, bool)))
     changed = positions_C.size
     if changed == 0:
         return 0, []
@@ -40,12 +40,14 @@ def encode(old: memoryview, new: memoryview, width: int) -> tuple[int, list[byte
 
 
 class Block:
-    """A block of values that patches are applied to, one after the other."""
+    """A block of values that patches are applied to, one after the other; a thread has one at a time."""
 
     def __init__(self, data: memoryview, width: int) -> None:
         import numpy as np
 
-        self.values_E = np.frombuffer(data, f"<u{width}").copy()
+        given_E = np.frombuffer(data, f"<u{width}")
+        self.values_E = _room(given_E.size, given_E.dtype)
+        self.values_E[:] = given_E
 
     def apply(self, changed: int, frames: Sequence[memoryview]) -> None:
         """Raises ArtifactError when the frames do not fit the block."""
@@ -67,7 +69,7 @@ class Block:
             raise ArtifactError(f"a patch is damaged: {error}") from None
 
     def bytes(self) -> memoryview:
-        """The values as they stand now."""
+        """The values as they stand now, until this thread's next block."""
         return memoryview(self.values_E).cast("B")
 
 
@@ -166,6 +168,16 @@ def _unpack_gaps(frame: memoryview) -> "np.ndarray[Any, Any]":
         steps[skips] = more
         return np.cumsum(steps, dtype=np.int32)[~skips] - 1
     return np.cumsum(steps, dtype=np.int32) - 1
+
+
+def _room(count: int, dtype: Any) -> "np.ndarray[Any, Any]":
+    """Memory of this thread's for `count` values; memory that is new costs more to touch than to fill."""
+    import numpy as np
+
+    size = count * np.dtype(dtype).itemsize
+    if getattr(_contexts, "room", None) is None or _contexts.room.size < size:
+        _contexts.room = np.empty(max(size, 1 << 20), np.uint8)
+    return _contexts.room[:size].view(dtype)
 
 
 def _squeeze(array: "np.ndarray[Any, Any]") -> bytes:

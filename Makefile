@@ -26,7 +26,7 @@ demo: $(VENV)/.installed ## A real GRPO run here: a tiny model learns arithmetic
 
 test: $(VENV)/.system $(VLLM)/.installed ## All tests that need neither GPU nor cluster
 	$(VENV)/bin/ruff check .
-	GRPO_VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(VENV)/bin/python -m pytest
+	GRPO_VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed ## Style and mistakes
 	$(VENV)/bin/ruff check .

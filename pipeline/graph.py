@@ -94,12 +94,15 @@ class _Graph:
         for iteration in range(self.settings.iterations):
             sampled_from = policies[max(0, iteration - self.settings.staleness)]
             scored = self._sample_and_score(iteration, sampled_from)
+            evaluated = self._evaluate(iteration, policies[-1], scored, history)
             updated = self._update(iteration, policies[-1], optimizer, scored)
-            history = self._evaluate(iteration, policies[-1], scored, history)
+            if not self.on_cluster:  # here one task runs at a time: the evaluation first, which one wants to see
+                updated.after(evaluated)
+            history = evaluated.outputs["evaluation"]
             policies.append(updated.outputs["next_policy"])
             optimizer = updated.outputs["next_optimizer"]
         scored = self._sample_and_score(self.settings.iterations, policies[-1])
-        history = self._evaluate(self.settings.iterations, policies[-1], scored, history)
+        history = self._evaluate(self.settings.iterations, policies[-1], scored, history).outputs["evaluation"]
         decision = publish(settings=begin.outputs["publish_settings"], policy=policies[-1], evaluation=history)
         self._name(decision, "publish")
         if self.remaining:
@@ -155,7 +158,7 @@ class _Graph:
             scored=scored,
             history=history,
         )
-        return self._name(task, f"evaluate {iteration}").outputs["evaluation"]
+        return self._name(task, f"evaluate {iteration}")
 
     def _submit_next(self, decision: Any) -> None:
         task = submit_next(
@@ -171,6 +174,9 @@ class _Graph:
         task.set_display_name(display_name or name)
         task.set_caching_options(False)
         if self.on_cluster:
-            stage = name.split()[0]
-            resources.apply(task, stage, self.settings.cluster, image_of(stage, self.settings.cluster))
+            stage, cluster = name.split()[0], self.settings.cluster
+            image = image_of(stage, cluster)
+            if stage == "update" and self.settings.update.nodes > 1:
+                cluster, image = resources.following(cluster, image), image_of("configure", cluster)
+            resources.apply(task, stage, cluster, image)
         return task

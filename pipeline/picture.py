@@ -39,8 +39,8 @@ def draw(ir: Mapping[str, Any]) -> str:
         '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<path class="head" d="M0 0L8 4L0 8z"/></marker></defs>',
         *_bands(place, label),
-        *(_arrow(place[source], place[name]) for name, sources in parents.items() for source in _direct(parents, name)),
-        *(_box(place[name], label[name]) for name in tasks),
+        *(_arrow(place[source], place[name]) for name in sorted(tasks) for source in sorted(_direct(parents, name))),
+        *(_box(place[name], label[name]) for name in sorted(tasks)),
         *_store(width, height),
         "</svg>",
     ]
@@ -74,7 +74,7 @@ def _places(parents: Mapping[str, set[str]], label: Mapping[str, str]) -> dict[s
             depth[name] = max((of(parent) + 1 for parent in parents[name]), default=0)
         return depth[name]
 
-    names = sorted(parents, key=of)
+    names = sorted(sorted(parents), key=of)
     place: dict[str, tuple[int, int]] = {}
     for name in names:
         second_row = label[name].startswith("evaluate")
@@ -112,7 +112,7 @@ def _arrow(source: tuple[int, int], target: tuple[int, int]) -> str:
 def _bands(place: Mapping[str, tuple[int, int]], label: Mapping[str, str]) -> list[str]:
     """A dashed frame around each iteration."""
     iterations: dict[str, list[int]] = {}
-    for name, (column, _) in place.items():
+    for name, (column, _) in sorted(place.items()):
         _, _, number = label[name].partition(" ")
         if number:
             iterations.setdefault(number, []).append(column)

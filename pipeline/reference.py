@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from components.common.settings import field_paths
+from pipeline.resources import STAGES
 from pipeline.settings import PipelineSettings
 
 HEAD = """# Configuration
@@ -90,11 +91,12 @@ def picture() -> str:
     settings = validate(
         PipelineSettings,
         {"fine_tune": "example", "model": "example", "store": "s3://bucket", "iterations": 2,
-         "dataset": {"source": "gsm8k"}, "reward": {"functions": functions}},
+         "dataset": {"source": "gsm8k"}, "reward": {"functions": functions},
+         "cluster": {stage: {"image": "example"} for stage in STAGES}},
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pipeline.yaml"
-        compiler.Compiler().compile(build(settings, on_cluster=False), str(path))
+        compiler.Compiler().compile(build(settings, on_cluster=True), str(path))
         return draw(next(yaml.safe_load_all(path.read_text())))
 
 

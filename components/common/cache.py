@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.common.errors import SettingsError
+from components.common.errors import SettingsError, StoreError
 from components.common.integrity import blob_key
 from components.common.manifest import file_digest
 from components.common.store import disk_errors
@@ -45,19 +45,26 @@ class Entry:
 
 
 def node_cache() -> "NodeCache | None":
-    """The cache of this node: `$GRPO_CACHE_DIR` (`off`: none), else `~/.cache/grpo-pipeline/blobs`.
+    """The cache of this node: `$GRPO_CACHE_DIR` (`off`: none), else `~/.cache/grpo-pipeline/blobs` if that can be had.
 
     Raises:
         SettingsError: `$GRPO_CACHE_GIB` is no number.
+        StoreError: `$GRPO_CACHE_DIR` cannot be written to.
     """
-    folder = os.environ.get(FOLDER_VARIABLE) or "~/.cache/grpo-pipeline/blobs"
-    if folder == "off":
+    named = os.environ.get(FOLDER_VARIABLE)
+    if named == "off":
         return None
     try:
         gib = float(os.environ.get(SIZE_VARIABLE) or DEFAULT_GIB)
     except ValueError:
         raise SettingsError(f"{SIZE_VARIABLE} wants a number, got {os.environ[SIZE_VARIABLE]!r}") from None
-    return NodeCache(Path(folder).expanduser(), int(gib * 2**30))
+    if named:
+        return NodeCache(Path(named), int(gib * 2**30))
+    try:
+        return NodeCache(Path("~/.cache/grpo-pipeline/blobs").expanduser(), int(gib * 2**30))
+    except (StoreError, RuntimeError) as error:  # a pod whose root is read-only, or a user without a home
+        log.info("no node cache: %s", error)
+        return None
 
 
 class NodeCache:

@@ -12,7 +12,7 @@ import pytest
 from blake3 import blake3
 
 from components.common.cache import NodeCache, node_cache
-from components.common.errors import SettingsError
+from components.common.errors import SettingsError, StoreError
 
 KIB = 1024
 
@@ -209,4 +209,14 @@ def test_the_environment_says_where_and_how_large(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("GRPO_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("GRPO_CACHE_GIB", "plenty")
     with pytest.raises(SettingsError, match="GRPO_CACHE_GIB wants a number, got 'plenty'"):
+        node_cache()
+
+
+def test_a_pod_without_a_writable_home_does_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.delenv("GRPO_CACHE_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    assert node_cache() is None
+    monkeypatch.setenv("GRPO_CACHE_DIR", str(tmp_path / "file"))  # asked for by name: then it must work
+    with pytest.raises(StoreError, match=r"make the cache .* set GRPO_CACHE_DIR to another folder, or to off"):
         node_cache()

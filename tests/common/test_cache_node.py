@@ -218,5 +218,5 @@ def test_a_pod_without_a_writable_home_does_without(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
     assert node_cache() is None
     monkeypatch.setenv("GRPO_CACHE_DIR", str(tmp_path / "file"))  # asked for by name: then it must work
-    with pytest.raises(StoreError, match=r"make the cache .* set GRPO_CACHE_DIR to another folder, or to off"):
+    with pytest.raises(StoreError, match=r"make the cache .*set GRPO_CACHE_DIR to another folder, or to off"):
         node_cache()

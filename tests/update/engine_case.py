@@ -90,9 +90,13 @@ class Case:
 
     def scored(
         self, name: str, model_folder: Path, policy: Path, *, seed: int = 0, lengths: list[int] | None = None,
-        num_prompts: int = 4, group_size: int = 3, temperature: float = 0.8, noise: float = 0.0, **columns: Any,
+        num_prompts: int = 4, group_size: int = 3, temperature: float = 0.8, noise: float = 0.0, scores: bool = True,
+        **columns: Any,
     ) -> Path:  # fmt: skip
-        """Random completions with the policy's own log-probabilities, and random rewards; `columns` replace columns."""
+        """Random completions with the policy's own log-probabilities, and random rewards; `columns` replace columns.
+
+        Without `scores` the log-probabilities are -1.
+        """
         import pyarrow as pa
         import torch
         from transformers import AutoModelForCausalLM
@@ -109,8 +113,10 @@ class Case:
                 number = next(count)
                 length = lengths[number] if lengths else int(random.integers(1, 12))
                 completion = random.integers(0, VOCABULARY, length).tolist()
-                with torch.no_grad():
-                    logprobs = plain_logprobs(model, prompt, completion, temperature).numpy()
+                logprobs = -np.ones(length)
+                if scores:
+                    with torch.no_grad():
+                        logprobs = plain_logprobs(model, prompt, completion, temperature).numpy()
                 row = {
                     "prompt_id": f"p{prompt_number}", "prompt": "?", "prompt_ids": prompt, "sample_index": sample,
                     "completion": "!", "completion_ids": completion, "finish_reason": "stop", "seed": number,

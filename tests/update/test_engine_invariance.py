@@ -55,6 +55,19 @@ def test_the_same_weights(baseline, name):
         torch.testing.assert_close(after[state_name], state, rtol=1e-3, atol=1e-7)
 
 
+def test_ranks_without_a_sequence_keep_in_step(case, engine_model):
+    inputs = case.start(engine_model)
+    scored = case.scored("scored", engine_model, inputs["policy"], num_prompts=1, group_size=2, reward=[0.0, 1.0])
+    alone = case.update(inputs, scored)
+    for zero_stage in (2, 3):
+        case.run_name = f"three-{zero_stage}"
+        three = case.update(inputs, scored, zero_stage=zero_stage, num_processes=3)
+        assert three.metrics["num_tokens"] == alone.metrics["num_tokens"]
+        assert three.metrics["loss"] == pytest.approx(alone.metrics["loss"], abs=1e-6)
+        for name, weight in alone.weights().items():
+            torch.testing.assert_close(three.weights()[name], weight, rtol=0, atol=1e-6)
+
+
 def test_uneven_sequences_are_packed_without_padding(baseline):
     case, inputs, scored, wanted = baseline
     case.run_name = "padding"

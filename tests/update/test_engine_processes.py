@@ -1,6 +1,7 @@
 """The stage as its own process: ranks that die, and being told to stop."""
 
 import os
+import resource
 import signal
 import socket
 import time
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from engine_case import Outcome
+
+from components.common.errors import StageError
+from components.update import launch
 
 ENDLESS = {"num_epochs": 1_000_000, "num_processes": 2, "num_threads": 1}
 """More optimizer steps than any test waits for."""
@@ -118,3 +122,26 @@ def test_two_nodes_make_the_policy_that_one_makes(case, engine_model):
     assert found.optimizer.names == wanted.optimizer.names
     assert found.optimizer.digest == wanted.optimizer.digest
     assert list(case.store.list("parts/")) == []
+
+
+worker = launch.work
+
+
+def starved(folder: str) -> None:
+    """The worker, with a quarter of a gigabyte to grow."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + (256 << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    worker(folder)
+
+
+def test_too_little_memory_names_the_setting_to_lower(case, engine_model, monkeypatch):
+    inputs = case.start(engine_model)
+    scored = case.scored(
+        "scored", engine_model, inputs["policy"], num_prompts=100, group_size=60, lengths=[12] * 6000, scores=False
+    )
+    monkeypatch.setattr(launch, "work", starved)
+    with pytest.raises(StageError, match=r"out of memory .*lower max_tokens_per_microbatch \(now 500000\)"):
+        case.update(inputs, scored, max_tokens_per_microbatch=500_000)
+    assert outputs(case) == []
+    assert case.update(inputs, scored, max_tokens_per_microbatch=2_000).metrics["num_tokens"] > 50_000

@@ -125,6 +125,18 @@ def test_a_crossed_limit_fails_the_iteration(started, engine_model, health, mess
     assert published(case) == []
 
 
+def test_a_policy_that_left_its_reference_fails_the_iteration(started, engine_model, tmp_path):
+    from engine_case import save_tiny_model
+
+    case, inputs = started
+    other = save_tiny_model(tmp_path / "other", seed=5)
+    inputs["reference"] = case.publish("other", "policy", {path.name: path for path in other.iterdir()})
+    scored = case.scored("scored", engine_model, inputs["policy"])
+    with pytest.raises(HealthError, match=r"kl is \d.*health.max_kl = 0.1.*raise beta or lower learning_rate"):
+        case.update(inputs, scored, beta=1e-6, health={"max_kl": 0.1})
+    assert published(case) == []
+
+
 @pytest.mark.parametrize("zero_stage", [0, 1])
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(case, engine_model, tmp_path, zero_stage):
     broken = tmp_path / "broken"

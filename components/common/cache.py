@@ -29,7 +29,8 @@ from components.common.store import disk_errors
 
 FOLDER_VARIABLE = "GRPO_CACHE_DIR"
 SIZE_VARIABLE = "GRPO_CACHE_GIB"
-DEFAULT_GIB = 100.0
+DEFAULT_GIB = 40.0
+"""Fits the smallest cache volume the cluster settings ask for, 50 GiB, beside other caches on it."""
 
 log = logging.getLogger("grpo")
 
@@ -45,7 +46,8 @@ class Entry:
 
 
 def node_cache() -> "NodeCache | None":
-    """The cache of this node: `$GRPO_CACHE_DIR` (`off`: none), else `~/.cache/grpo-pipeline/blobs` if that can be had.
+    """The cache of this node: `$GRPO_CACHE_DIR` (`off`: none), else `grpo-pipeline/blobs` in the user's
+    cache folder if that can be had.
 
     Raises:
         SettingsError: `$GRPO_CACHE_GIB` is no number.
@@ -61,7 +63,8 @@ def node_cache() -> "NodeCache | None":
     if named:
         return NodeCache(Path(named), int(gib * 2**30))
     try:
-        return NodeCache(Path("~/.cache/grpo-pipeline/blobs").expanduser(), int(gib * 2**30))
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        return NodeCache(caches / "grpo-pipeline" / "blobs", int(gib * 2**30))
     except (StoreError, RuntimeError) as error:  # a pod whose root is read-only, or a user without a home
         log.info("no node cache: %s", error)
         return None

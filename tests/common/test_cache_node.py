@@ -214,7 +214,8 @@ def test_the_environment_says_where_and_how_large(tmp_path: Path, monkeypatch: p
 
 def test_a_pod_without_a_writable_home_does_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.delenv("GRPO_CACHE_DIR")
+    for name in ("GRPO_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
     assert node_cache() is None
     monkeypatch.setenv("GRPO_CACHE_DIR", str(tmp_path / "file"))  # asked for by name: then it must work

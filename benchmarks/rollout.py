@@ -175,11 +175,11 @@ def start(arguments: argparse.Namespace) -> dict:
 
     values = {"enforce_eager": not arguments.compile, "cache_dir": arguments.cache}
     settings = RolloutSettings.model_validate({"vllm": values})
-    requests = [request for group in make_groups(arguments) for request in group.requests]
+    size = {"longest": 50 + arguments.tokens, "num_requests": GROUP_SIZE * arguments.prompts}
     cpu = time.process_time()
     started = time.perf_counter()
     manifest: Manifest | None = None
-    start_engine(arguments.side, settings, Path(arguments.policy), manifest, lambda ids: [""], requests)
+    start_engine(arguments.side, settings, Path(arguments.policy), manifest, lambda ids: [""], **size)
     return {"wall s": time.perf_counter() - started, "CPU s": time.process_time() - cpu}
 
 

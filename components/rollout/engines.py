@@ -9,7 +9,7 @@ from pathlib import Path
 from components.common.errors import GrpoError, SettingsError, StageError
 from components.common.manifest import Manifest
 from components.rollout.config import RolloutSettings
-from components.rollout.sampler import Sampler, SampleRequest
+from components.rollout.sampler import Sampler
 from components.rollout.text import Decode
 
 log = logging.getLogger("grpo")
@@ -33,21 +33,20 @@ def engine_name(settings: RolloutSettings) -> str:
 
 
 def start_engine(
-    name: str, settings: RolloutSettings, policy: Path, manifest: Manifest, decode: Decode,
-    requests: Sequence[SampleRequest],
+    name: str, settings: RolloutSettings, policy: Path, manifest: Manifest, decode: Decode, *, longest: int,
+    num_requests: int,
 ) -> Sampler:  # fmt: skip
-    """Starts an engine with a policy, sized for the requests it will get.
+    """Starts an engine with a policy, for so many requests of at most `longest` tokens, completion included.
 
     Raises:
         StageError: the engine did not start; the message names the settings that help.
     """
-    longest = max(len(request.prompt_ids) + request.sampling.max_tokens for request in requests)
     gc.disable()  # importing an engine makes a million objects that stay: looking for garbage takes a sixth of its time
     try:
         if name == "vllm":
             from components.rollout.vllm_sampler import VllmSampler
 
-            return VllmSampler(policy, settings, longest=longest, num_requests=len(requests))
+            return VllmSampler(policy, settings, longest=longest, num_requests=num_requests)
         if name == "openai":
             from components.rollout.openai_sampler import OpenaiSampler
 

@@ -3,7 +3,7 @@
 # P prompts, G completions a prompt
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -84,6 +84,13 @@ def in_drawing_order(groups: Sequence[Group]) -> list[Group]:
         kinds.index(group.requests[0].sampling), len(group.requests[0].prompt_ids), group.requests[0].prompt_ids,
     )  # fmt: skip
     return sorted(groups, key=order)
+
+
+def longest_prompt(tables: "Iterable[pa.Table]") -> int:
+    """Tokens of the longest prompt of the data set: engines of one size, whatever an iteration draws, compile once."""
+    import pyarrow.compute as pc
+
+    return max(pc.max(pc.list_value_length(table.column("prompt_ids"))).as_py() or 0 for table in tables)
 
 
 def check_fits(groups: Sequence[Group], *, context: int | None, vocabulary: int | None) -> None:

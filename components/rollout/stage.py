@@ -46,7 +46,7 @@ def run(settings: str, iteration: int, shard: int, policy: Path, prompts: Path, 
 
 def _rollout(stage: Stage[RolloutSettings]) -> None:
     from components.rollout.collect import Collection
-    from components.rollout.plan import check_fits, in_drawing_order
+    from components.rollout.plan import check_fits, in_drawing_order, longest_prompt
     from components.rollout.resume import Saved
     from components.rollout.sampler import stop_tokens
     from components.rollout.weights import context_length, vocabulary_size
@@ -63,7 +63,8 @@ def _rollout(stage: Stage[RolloutSettings]) -> None:
     collection = Collection(ordered, saved.load(ordered), saved)
     if collection.finished:
         log.info("%s: %d of %d groups were finished before", stage.task, len(collection.finished), len(groups))
-    figures, metadata = _draw(stage, folder, collection)
+    longest = longest_prompt(tables.values()) + stage.settings.max_completion_length
+    figures, metadata = _draw(stage, folder, collection, min(longest, context_length(folder) or longest))
     _publish(stage, folder, tables, groups, collection, figures, metadata | carried)
     saved.clear()
 
@@ -130,7 +131,7 @@ def _choose(stage: Stage[RolloutSettings], names: Sequence[str]) -> tuple[list[i
     return chosen, carried
 
 
-def _draw(stage: Stage[RolloutSettings], folder: Path, collection: "Collection") -> tuple[dict, dict]:
+def _draw(stage: Stage[RolloutSettings], folder: Path, collection: "Collection", longest: int) -> tuple[dict, dict]:
     """Starts the engine and draws what is pending; gives metrics and what the manifest tells about the engine."""
     from components.rollout.collect import draw_all
     from components.rollout.engines import engine_name, start_engine
@@ -139,10 +140,10 @@ def _draw(stage: Stage[RolloutSettings], folder: Path, collection: "Collection")
     name = engine_name(stage.settings)
     if not collection.pending:
         return {}, {"engine": name}
-    requests = [request for group in collection.pending for request in group.requests]
     manifest = stage.manifest("policy")
+    size = {"longest": longest, "num_requests": sum(len(group.requests) for group in collection.pending)}
     started = time.monotonic()
-    sampler = start_engine(name, stage.settings, folder, manifest, open_tokenizer(folder), requests)
+    sampler = start_engine(name, stage.settings, folder, manifest, open_tokenizer(folder), **size)
     try:
         digest = sampler.held_digest(manifest, folder)
         ready = time.monotonic()

@@ -3,6 +3,7 @@
 # B samples in flight, T tokens
 """
 
+import contextlib
 import gc
 import logging
 import os
@@ -34,6 +35,7 @@ class VllmSampler:
 
     def __init__(self, policy: Path, settings: RolloutSettings, *, longest: int, num_requests: int) -> None:
         self.load, self.proof = Load(), "bytes"
+        policy = policy.absolute()
         self.policy, self.settings = policy, settings
         self.adapter = adapter_folder(policy)
         unhashed = [] if settings.vllm.load_format == VERIFIED else weight_files(policy)
@@ -44,7 +46,8 @@ class VllmSampler:
         from vllm import LLM
 
         gc.freeze()  # vLLM looks for garbage five times while it starts; what its import leaves behind is none
-        self.llm = LLM(**engine_arguments(policy, settings, longest=longest, num_requests=num_requests))
+        with contextlib.chdir(policy.parent):  # the model's path is part of the compile cache's key: keep it the same
+            self.llm = LLM(**engine_arguments(policy, settings, longest=longest, num_requests=num_requests))
         self._digests = self._worker_digests() | {name: file_digest(policy / name) for name in unhashed}
         for name, digest in before.items():
             if self._digests[name] != digest:
@@ -97,12 +100,12 @@ class VllmSampler:
 
 
 def engine_arguments(policy: Path, settings: RolloutSettings, *, longest: int, num_requests: int) -> dict[str, Any]:
-    """Arguments of `vllm.LLM`; what the settings leave open is left to vLLM."""
+    """Arguments of `vllm.LLM`, started in the policy's parent folder; what the settings leave open is left to vLLM."""
     import torch
 
     ours, on_gpu = settings.vllm, torch.cuda.is_available()
     arguments: dict[str, Any] = {
-        "model": str(policy),
+        "model": policy.name,
         "skip_tokenizer_init": not settings.stop,  # tokens in, tokens out; only stop texts need a tokenizer
         "dtype": stored_dtype(policy) if settings.dtype == "auto" else settings.dtype,  # vLLM's "auto" rounds float32
         "load_format": ours.load_format,

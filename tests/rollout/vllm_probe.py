@@ -32,9 +32,11 @@ def probe(policy: dict) -> dict:
     started = time.monotonic()
     rounds = [requests_of(entries) for entries in policy["rounds"]]
     settings = RolloutSettings.model_validate(policy.get("settings", {}))
-    everything = [request for requests in rounds for request in requests]
-    engine = start_engine("vllm", settings, Path(policy["folder"]), None, lambda ids: [""], everything)
+    engine = start_engine(
+        "vllm", settings, Path(policy["folder"]), None, lambda ids: [""], longest=64, num_requests=256
+    )
     outcome = {"start_seconds": time.monotonic() - started, "digests": engine._digests, "rounds": []}
+    outcome["compile_key"] = engine.llm.llm_engine.vllm_config.compute_hash()
     for requests in rounds:
         found = {id(c.request): c for batch in engine.sample(requests) for c in batch}
         completions = [found[id(request)] for request in requests]

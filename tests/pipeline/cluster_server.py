@@ -2,7 +2,9 @@
 
 import json
 import re
+import socket
 import threading
+import time
 import uuid
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,10 +21,13 @@ class Cluster:
     def __init__(self):
         self.pipelines, self.versions, self.experiments, self.runs, self.recurring = {}, {}, {}, {}, {}
         self.pods, self.logs, self.train_jobs = [], {}, {}
+        self.events, self.workflows, self.objects, self.denied = [], {}, {}, set()
+        self.cuts = {}  # pod → characters after which a followed log breaks off, a connection each
+        self.on_train_job = lambda job: None  # what Kubeflow Trainer would do
         self.faults, self.requests, self.token = {}, [], None
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def close(self):
@@ -39,6 +44,8 @@ def _now():
 
 def _handler(cluster):
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
         def log_message(self, *_):
             pass
 
@@ -49,6 +56,20 @@ def _handler(cluster):
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
+
+        def _stream(self, parts):
+            """Pieces of a text as they come; None breaks the connection."""
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            for part in [*parts, ""] if isinstance(parts, list) else parts:
+                if part is None:
+                    self.close_connection = True
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    return
+                data = part.encode()
+                self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+                self.wfile.flush()
 
         def _body(self):
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -62,9 +83,11 @@ def _handler(cluster):
                 if part in parts.path and statuses:
                     status = statuses.pop(0)
                     if status == "drop":
+                        self.close_connection = True
                         self.connection.close()
                         return
-                    self._answer({"error": f"pretended {status}"}, status)
+                    status, answer = status if isinstance(status, tuple) else (status, {"error": f"pretended {status}"})
+                    self._answer(answer, status)
                     return
             if cluster.token and self.headers.get("Authorization") != f"Bearer {cluster.token}":
                 self._answer({"error": "token expired"}, 401)
@@ -73,13 +96,25 @@ def _handler(cluster):
                 match = re.fullmatch(pattern, parts.path)
                 if match and method == self.command:
                     answer = action(cluster, query, body, *match.groups())
-                    self._answer(*answer) if isinstance(answer, tuple) else self._answer(answer)
+                    if isinstance(answer, tuple):
+                        self._answer(*answer)
+                    elif isinstance(answer, Stream):
+                        self._stream(answer.parts)
+                    else:
+                        self._answer(answer)
                     return
             self._answer({"error": f"no {self.command} {parts.path} here"}, 404)
 
         do_GET = do_POST = do_DELETE = do_PATCH = _serve
 
     return Handler
+
+
+class Stream:
+    """An answer that comes in pieces."""
+
+    def __init__(self, parts):
+        self.parts = parts
 
 
 def _name_in(query):
@@ -172,7 +207,9 @@ def _delete_recurring(cluster, _query, _body, recurring_id):
 
 def _selected(items, query):
     wanted = dict(part.split("=") for part in query.get("labelSelector", "").split(",") if part)
-    return [item for item in items if wanted.items() <= item["metadata"].get("labels", {}).items()]
+    found = [item for item in items if wanted.items() <= item["metadata"].get("labels", {}).items()]
+    name = dict(part.split("=") for part in query.get("fieldSelector", "").split(",") if part).get("metadata.name")
+    return [item for item in found if name in (None, item["metadata"]["name"])]
 
 
 def _list_pods(cluster, query, _, namespace):
@@ -181,18 +218,82 @@ def _list_pods(cluster, query, _, namespace):
 
 
 def _pod_log(cluster, query, _, _namespace, name):
+    """`logs[name]`: the whole text, or a function that gives what there is so far and whether more comes."""
     if name not in cluster.logs:
         return {"message": f'container "main" in pod "{name}" is waiting to start'}, 400
-    lines = cluster.logs[name].splitlines()
+    source = cluster.logs[name]
+    if query.get("follow", "").lower() == "true":
+        return Stream(_followed(cluster, name, source))
+    text = source()[0] if callable(source) else source
+    lines = _stamped(text) if "timestamps" in query else text.splitlines()
     return "\n".join(lines[-int(query["tailLines"]) :] if "tailLines" in query else lines)
+
+
+def _stamped(text):
+    """Each line with a time stamp that grows, as Kubernetes writes them."""
+    return [f"2026-01-01T00:{n // 60:02d}:{n % 60:02d}.000000000Z {line}" for n, line in enumerate(text.splitlines())]
+
+
+def _followed(cluster, name, source):
+    cut, sent = (cluster.cuts.get(name) or [None]).pop(0), 0
+    while True:
+        text, more = source() if callable(source) else (source, False)
+        new = "".join(line + "\n" for line in _stamped(text))[sent:]
+        if cut is not None and sent + len(new) >= cut:
+            yield new[: cut - sent] or "\n"
+            yield None
+            return
+        if new:
+            yield new
+        sent += len(new)
+        if not more:
+            yield ""
+            return
+        time.sleep(0.02)
 
 
 def _list_train_jobs(cluster, query, _, _namespace):
     return {"items": _selected(list(cluster.train_jobs.values()), query)}
 
 
+def _create_train_job(cluster, _, body, _namespace):
+    job = json.loads(body)
+    name = job["metadata"]["name"]
+    if name in cluster.train_jobs:
+        return {"message": f'trainjobs "{name}" already exists'}, 409
+    job["metadata"] |= {"uid": str(uuid.uuid4()), "creationTimestamp": _now()}
+    cluster.train_jobs[name] = job
+    cluster.on_train_job(job)
+    return job
+
+
+def _get_train_job(cluster, _query, _body, _namespace, name):
+    return cluster.train_jobs.get(name, ({"message": "not found"}, 404))
+
+
 def _delete_train_job(cluster, _query, _body, _namespace, name):
     return {} if cluster.train_jobs.pop(name, None) else ({"message": "not found"}, 404)
+
+
+def _get_workflow(cluster, _query, _body, _namespace, name):
+    return cluster.workflows.get(name, ({"message": "not found"}, 404))
+
+
+def _list_events(cluster, *_):
+    return {"kind": "EventList", "apiVersion": "v1", "metadata": {}, "items": cluster.events}
+
+
+def _may(cluster, _query, body):
+    """Everything is allowed but what `denied` holds: (verb, resource)."""
+    review = json.loads(body)
+    asked = review["spec"]["resourceAttributes"]
+    resource = "/".join(part for part in (asked["resource"], asked.get("subresource")) if part)
+    return review | {"status": {"allowed": (asked["verb"], resource) not in cluster.denied}}
+
+
+def _object(cluster, _query, _body, *path):
+    """`objects`: the end of an address → object or list."""
+    return cluster.objects.get("/".join(path), ({"message": f"no {path}"}, 404))
 
 
 JOBS = r"/apis/trainer\.kubeflow\.org/v1alpha1/namespaces/([^/]+)/trainjobs"
@@ -215,5 +316,12 @@ ROUTES = [
     ("GET", r"/api/v1/namespaces/([^/]+)/pods", _list_pods),
     ("GET", r"/api/v1/namespaces/([^/]+)/pods/([^/]+)/log", _pod_log),
     ("GET", JOBS, _list_train_jobs),
+    ("POST", JOBS, _create_train_job),
+    ("GET", JOBS + r"/([^/]+)", _get_train_job),
     ("DELETE", JOBS + r"/([^/]+)", _delete_train_job),
+    ("GET", r"/apis/argoproj\.io/v1alpha1/namespaces/([^/]+)/workflows/([^/]+)", _get_workflow),
+    ("GET", r"/api/v1/namespaces/([^/]+)/events", _list_events),
+    ("POST", r"/apis/authorization\.k8s\.io/v1/selfsubjectaccessreviews", _may),
+    ("GET", r"/(?:api/v1|apis/[^/]+/v[^/]+)/(?:namespaces/[^/]+/)?([^/]+)", _object),
+    ("GET", r"/(?:api/v1|apis/[^/]+/v[^/]+)/(?:namespaces/[^/]+/)?([^/]+)/([^/]+)", _object),
 ]

@@ -147,5 +147,5 @@ def test_a_wrong_url_says_what_is_wrong(url: str, message: str) -> None:
 
 
 def test_a_url_has_one_spelling() -> None:
-    url = "s3://bucket/some/prefix/?region=eu-west-1&endpoint=http%3A%2F%2Fhost%3A9000&part_mib=32"
+    url = "s3://bucket/some/prefix/?region=eu-west-1&endpoint=http%3A%2F%2Fhost%3A9000&part_mib=24"
     assert open_store(url).url == "s3://bucket/some/prefix?endpoint=http://host:9000&region=eu-west-1"

@@ -5,13 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from components.common.kube import TRAIN_JOB_RUN_LABEL, TRAIN_JOBS
+from components.common.kube import STAGE_LABEL, TRAIN_JOB_RUN_LABEL, TRAIN_JOBS, troubles
 from pipeline.connection import ClusterError, call, status_of
 from pipeline.submitting import TERMINAL
 
 POLL_SECONDS = 5.0
 RUN_LABEL = "pipeline/runid"
-STAGE_LABEL = "app.kubernetes.io/component"
 DRIVER_NAMES = ("-dag-driver", "-container-driver", "root-driver", "root", "-driver")
 """Endings of task names that are Kubeflow's own, not ours."""
 
@@ -92,7 +91,7 @@ class Pods:
                 "its log is in the Kubeflow UI when the installation archives logs"
             )
         pod = pods[-1]
-        yield from _troubles(pod)
+        yield from (f"({trouble})" for trouble in troubles(pod))
         options = {"container": "main"} | ({"tail_lines": tail} if tail else {})
         try:
             text = call(
@@ -140,21 +139,6 @@ def _delete(api: Any, namespace: str, name: str) -> None:
     except Exception as error:
         if status_of(error) != 404:  # it ended by itself meanwhile
             raise
-
-
-def _troubles(pod: Any) -> Iterator[str]:
-    """Why a pod does not run: unschedulable, image not pulled, killed for memory."""
-    for condition in pod.status.conditions or []:
-        if condition.type == "PodScheduled" and condition.status == "False":
-            yield f"({pod.metadata.name} is not scheduled: {condition.message})"
-    for container in pod.status.container_statuses or []:
-        waiting = container.state.waiting if container.state else None
-        ended = container.state.terminated if container.state else None
-        if waiting and waiting.reason not in ("PodInitializing", "ContainerCreating"):
-            yield f"({container.name}: {waiting.reason}: {waiting.message or ''})"
-        if ended and ended.reason == "OOMKilled":
-            stage = (pod.metadata.labels or {}).get(STAGE_LABEL, "<stage>")
-            yield f"({container.name} was killed for memory: raise cluster.{stage}.memory)"
 
 
 def cancel(client: Any, pods: Pods, run_id: str) -> list[str]:

@@ -4,6 +4,7 @@
 GPU pools; what the file says wins over it.
 """
 
+import json
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -87,6 +88,8 @@ class StageResources(Settings):
     """Bound of the cache."""
     timeout_minutes: int = Field(default=720, ge=1)
     """The task fails after that."""
+    pending_minutes: int = Field(default=30, ge=1)
+    """An update on several nodes fails when they cannot start for that long; waiting in a queue does not count."""
     retries: int = Field(default=2, ge=0, le=10)
     """Times a failed task is started again; a stage goes on where it was."""
     retry_backoff_seconds: int = Field(default=30, ge=0)
@@ -164,6 +167,30 @@ def tolerations(cluster: ClusterSettings, pod: StageResources) -> list[Toleratio
     keys = [preset["taint"]] if pod.gpus else []
     keys += [preset["spot_taint"]] if pod.spot and preset["spot_taint"] else []
     return [Toleration(key=key) for key in keys] + list(pod.tolerations)
+
+
+FOLLOWER = StageResources(cpu="500m", memory="1Gi", scratch="1Gi", cache_size="1Gi")
+"""Pod of an update on several nodes: it follows the TrainJob, and needs neither a GPU nor torch."""
+NODES_VARIABLE = "GRPO_UPDATE_NODES"
+
+
+def following(cluster: ClusterSettings, image: str) -> ClusterSettings:
+    """The same settings with a small pod for `update`, which tells it what each node of its TrainJob gets."""
+    pod = cluster.update
+    node = {
+        "image": image, "cpu": pod.cpu, "memory": pod.memory, "gpus": pod.gpus, "gpu_resource": pod.gpu_resource,
+        "shm": pod.shm, "scratch": pod.scratch, "node_selector": node_selector(cluster, pod),
+        "cache": {"persistentVolumeClaim": {"claimName": pod.cache_claim}} if pod.cache_claim
+        else {"emptyDir": {"sizeLimit": pod.cache_size}},
+        "tolerations": [found.model_dump(exclude_none=True) for found in tolerations(cluster, pod)],
+        "environment": pod.environment, "storage_secret": cluster.storage_secret, "queue": cluster.queue,
+        "image_pull_secrets": list(cluster.image_pull_secrets), "timeout_seconds": pod.timeout_minutes * 60,
+        "pending_seconds": pod.pending_minutes * 60,
+    }  # fmt: skip
+    same = pod.model_dump(include={"timeout_minutes", "retries", "retry_backoff_seconds", "run_as_user"})
+    changes = same | {"environment": {NODES_VARIABLE: json.dumps(node, sort_keys=True)}}
+    # Kueue counts the nodes, not the pod that follows them: both in one queue could wait for each other.
+    return cluster.model_copy(update={"update": FOLLOWER.model_copy(update=changes), "queue": None})
 
 
 def apply(task: Any, stage: str, cluster: ClusterSettings, image: str) -> None:

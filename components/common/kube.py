@@ -1,8 +1,9 @@
 """Calls of Kubeflow Pipelines and Kubernetes: asked again when the server is busy, explained when it refuses."""
 
 import json
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from components.common.errors import GrpoError
@@ -13,6 +14,7 @@ TRAIN_JOBS = {"group": "trainer.kubeflow.org", "version": "v1alpha1", "plural": 
 WORKFLOWS = {"group": "argoproj.io", "version": "v1alpha1", "plural": "workflows"}
 TRAIN_JOB_RUN_LABEL = "grpo-pipeline/run"
 """Label of a TrainJob with the id of the run it belongs to."""
+STAGE_LABEL = "app.kubernetes.io/component"
 PART_OF = {"app.kubernetes.io/part-of": "grpo-pipeline"}
 """Label of everything of ours."""
 
@@ -74,6 +76,8 @@ def explain(error: BaseException, what: str) -> GrpoError:
         return ClusterError(
             f"cannot {what}: {told}; check --host and the network (`grpo doctor` tells what is reachable)"
         )
+    if status == 403 and "exceeded quota" in told:
+        mends[403] = "a ResourceQuota is used up: wait for other runs to end, or raise it (docs/operations.md)"
     mend = mends.get(status, "the server failed: look at the logs of ml-pipeline in the kubeflow namespace")
     return ClusterError(f"cannot {what}: HTTP {status}, {mend} ({told})")
 
@@ -87,3 +91,30 @@ def _told(error: BaseException) -> str:
     except (json.JSONDecodeError, AttributeError):
         found = text or str(error) or type(error).__name__
     return " ".join(str(found).split())[:300]
+
+
+def troubles(pod: Any) -> Iterator[str]:
+    """Why a pod does not run: unschedulable, image not pulled, killed for memory."""
+    stage = (pod.metadata.labels or {}).get(STAGE_LABEL, "<stage>").removesuffix("-node")
+    for condition in pod.status.conditions or []:
+        if condition.type == "PodScheduled" and condition.status == "False":
+            told = condition.message or condition.reason or ""
+            yield f"{pod.metadata.name} is not scheduled: {told}{_placement_mend(told, stage)}"
+    for container in pod.status.container_statuses or []:
+        waiting = container.state.waiting if container.state else None
+        ended = container.state.terminated if container.state else None
+        if waiting and waiting.reason not in ("PodInitializing", "ContainerCreating"):
+            yield f"{container.name}: {waiting.reason}: {waiting.message or ''}"
+        if ended and ended.reason == "OOMKilled":
+            yield f"{container.name} was killed for memory: raise cluster.{stage}.memory"
+
+
+def _placement_mend(told: str, stage: str) -> str:
+    """What to change in the settings, by what the scheduler says."""
+    taints = re.findall(r"untolerated taint(?:\(s\))? \{([^:}]+)", told)
+    short = re.findall(r"Insufficient ([\w./-]*\w)", told)
+    mends = [f'cluster.{stage}.tolerations = [{{ key = "{taint}" }}] accepts that taint' for taint in taints]
+    mends += [f"{name} is short: lower cluster.{stage}'s request, or enlarge the pool" for name in dict.fromkeys(short)]
+    if "node affinity" in told or "node selector" in told:
+        mends.append(f"no node has the labels of cluster.{stage}.gpu_type and node_selector")
+    return f" ({'; '.join(mends)})" if mends else ""

@@ -13,8 +13,8 @@ from pydantic import BaseModel
 
 from components.common.settings import field_paths
 
-STRUCTURAL = ("iterations", "shards", "staleness", "skip_unchanged_data")
-"""Settings that decide which tasks there are."""
+STRUCTURAL = ("iterations", "shards", "staleness", "skip_unchanged_data", "update.nodes")
+"""Settings that decide which tasks there are, and what pods they get."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def form_fields(model: type[BaseModel]) -> Iterator[FormField]:
     """The form of a settings model, in the order of its fields."""
     for path, field in field_paths(model).items():
         annotation = field.annotation
-        if path[0] in STRUCTURAL or (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        if ".".join(path) in STRUCTURAL or (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             continue
         optional = get_origin(annotation) in (Union, types.UnionType) and type(None) in get_args(annotation)
         if optional:

@@ -41,7 +41,14 @@ def run(
 
 
 def _update(stage: Stage[UpdateSettings]) -> None:
-    from components.update import inputs, nodes
+    from components.update import nodes
+
+    if stage.settings.nodes > 1 and nodes.count() == 1:
+        from components.update import trainjob
+
+        trainjob.run(stage)
+        return
+    from components.update import inputs
     from components.update.launch import Preload, launch
 
     preload = Preload()

@@ -4,10 +4,8 @@ The task's own pod needs no GPU. The job's name derives from the work, so a task
 had made; the Workflow owns the job, so it goes with the run.
 """
 
-import hashlib
 import logging
 import os
-import re
 import signal
 import threading
 import time
@@ -15,64 +13,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pydantic import Field
-
 from components.common.errors import StageError
-from components.common.kube import PART_OF, TRAIN_JOB_RUN_LABEL, TRAIN_JOBS, ClusterError, call, status_of
-from components.common.settings import Settings
+from components.common.kube import TRAIN_JOBS, ClusterError, call, status_of
 from components.common.stage import Stage
 from components.update import remote
 from components.update.cluster import Here
 from components.update.config import UpdateSettings
+from components.update.jobspec import NodeResources, describe
 from components.update.watching import LogFollower, last_words, node_troubles
 
 RESOURCES_VARIABLE = "GRPO_UPDATE_NODES"
 """The task's environment variable with the nodes' resources, as JSON; the compiled pipeline sets it."""
-RUNTIME = {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": "grpo-update"}
-QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-COMMAND = ("python3", "-m", "components.update.remote")
 POLL_SECONDS = 5.0
 GONE_SECONDS = 300.0
 """How long a deleted job may take to be gone: its nodes have two minutes to end."""
+OUTAGE_SECONDS = 900.0
+"""How long the Kubernetes API may fail while the job runs on."""
 
 log = logging.getLogger("grpo")
-
-
-class NodeResources(Settings):
-    """What each node of the job gets."""
-
-    image: str
-    """Container image."""
-    cpu: str
-    """CPUs requested."""
-    memory: str
-    """Memory requested, and its limit."""
-    gpus: int = 0
-    """GPUs of a node."""
-    gpu_resource: str = "nvidia.com/gpu"
-    """Name of the GPU resource."""
-    shm: str | None = None
-    """Size of `/dev/shm`."""
-    scratch: str | None = None
-    """Size of `/tmp`."""
-    cache: dict[str, Any] | None = None
-    """Volume source of `/cache`; unset: the runtime's own."""
-    node_selector: dict[str, str] = {}
-    """Labels of the nodes."""
-    tolerations: list[dict[str, str]] = []
-    """Taints the nodes may have."""
-    environment: dict[str, str] = {}
-    """Environment variables."""
-    storage_secret: str | None = None
-    """Secret with the bucket's keys."""
-    image_pull_secrets: list[str] = []
-    """Secrets with registry credentials."""
-    queue: str | None = None
-    """Kueue LocalQueue."""
-    timeout_seconds: int = Field(default=43_200, ge=1)
-    """Kubernetes ends the job after that."""
-    pending_seconds: int = Field(default=1800, ge=1)
-    """The job fails when nodes cannot be scheduled, or their image not pulled, for that long."""
 
 
 def run(stage: Stage[UpdateSettings]) -> None:
@@ -88,88 +46,36 @@ def run(stage: Stage[UpdateSettings]) -> None:
             f"update.nodes = {stage.settings.nodes} needs a task of the compiled pipeline on a cluster "
             f"({RESOURCES_VARIABLE} is not set); here, set update.nodes = 1"
         )
-    here = Here.find()
-    job = TrainJob(here, describe(stage, NodeResources.model_validate_json(text), here, remote.leave(stage)))
-    job.carry_out(NodeResources.model_validate_json(text).pending_seconds)
+    here, node = Here.find(), NodeResources.model_validate_json(text)
+    job = TrainJob(here, describe(stage, node, here, remote.leave(stage)))
+    job.carry_out(node.pending_seconds)
     stage.store.delete(remote.task_key(stage))
     if not stage.adopt():
         raise StageError(f"TrainJob {job.name} ended well and published nothing; look at the log of its first node")
 
 
-def job_name(stage: Stage[UpdateSettings], run_id: str) -> str:
-    """Fine-tune and iteration for people, a digest of fine-tune, run and work for uniqueness; at most 40 characters."""
-    readable = re.sub(r"[^a-z0-9-]", "-", stage.context.fine_tune)[:18].strip("-")
-    text = f"{stage.context.fine_tune}/{run_id}/{stage.producer.key}"
-    return f"grpo-{readable}-{stage.iteration or 0}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
-
-
-def describe(stage: Stage[UpdateSettings], node: NodeResources, here: Here, task: str) -> dict[str, Any]:
-    """The TrainJob: what is not named comes from the TrainingRuntime `grpo-update`."""
-    resources: dict[str, Any] = {
-        "requests": {"cpu": node.cpu, "memory": node.memory}, "limits": {"memory": node.memory}
-    }  # fmt: skip
-    if node.gpus:
-        for kind in ("requests", "limits"):
-            resources[kind][node.gpu_resource] = node.gpus
-    queue = {QUEUE_LABEL: node.queue} if node.queue else {}
-    return {
-        "apiVersion": "trainer.kubeflow.org/v1alpha1",
-        "kind": "TrainJob",
-        "metadata": {
-            "name": job_name(stage, here.run_id),
-            "labels": PART_OF | {TRAIN_JOB_RUN_LABEL: here.run_id} | queue,
-            "ownerReferences": [here.owner],
-        },
-        "spec": {
-            "runtimeRef": RUNTIME,
-            "activeDeadlineSeconds": node.timeout_seconds,
-            "trainer": {
-                "image": node.image,
-                "command": [*COMMAND, "--store", stage.context.store, "--task", task],
-                "numNodes": stage.settings.nodes,
-                "numProcPerNode": _processes(stage.settings, node),
-                "resourcesPerNode": resources,
-                "env": _environment(node),
-            },
-            "runtimePatches": [{"manager": "grpo-pipeline", "trainingRuntimeSpec": _patch(node)}],
-        },
-    }
-
-
-def _processes(settings: UpdateSettings, node: NodeResources) -> int:
-    return settings.num_processes if settings.num_processes != "auto" else max(node.gpus, 1)
-
-
-def _environment(node: NodeResources) -> list[dict[str, Any]]:
-    entries: list[dict[str, Any]] = [{"name": name, "value": value} for name, value in node.environment.items()]
-    if node.storage_secret:
-        entries += [
-            {"name": key, "valueFrom": {"secretKeyRef": {"name": node.storage_secret, "key": key}}}
-            for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-        ]
-    return entries
-
-
-def _patch(node: NodeResources) -> dict[str, Any]:
-    """Where the nodes run, and their volumes."""
-    volumes = [
-        {"name": name, "emptyDir": {"sizeLimit": size} | ({"medium": "Memory"} if name == "shm" else {})}
-        for name, size in (("shm", node.shm), ("tmp", node.scratch))
-        if size
-    ]
-    volumes += [{"name": "cache", **node.cache}] if node.cache else []
-    spec = {
-        "nodeSelector": node.node_selector,
-        "tolerations": node.tolerations,
-        "volumes": volumes,
-        "imagePullSecrets": [{"name": name} for name in node.image_pull_secrets],
-    }
-    pod = {"spec": {name: value for name, value in spec.items() if value}}
-    return {"template": {"spec": {"replicatedJobs": [{"name": "node", "template": {"spec": {"template": pod}}}]}}}
-
-
 class Stopped(BaseException):
     """This task was told to end."""
+
+
+class Watch:
+    """Tells what keeps a job from starting, once, and ends the wait when that lasts too long."""
+
+    def __init__(self, job: str, seconds: float) -> None:
+        self.job, self.seconds = job, seconds
+        self.told, self.since = "", 0.0
+
+    def waits(self, trouble: str, *, may_last: bool) -> None:
+        """`trouble`: what is wrong now, blank when nothing is."""
+        if trouble and trouble != self.told:
+            log.warning("TrainJob %s: %s", self.job, trouble)
+        self.told = trouble
+        if may_last or not trouble:
+            self.since = 0.0
+            return
+        self.since = self.since or time.monotonic()
+        if time.monotonic() - self.since > self.seconds:
+            raise StageError(f"TrainJob {self.job} could not start for {self.seconds:.0f} s: {trouble}")
 
 
 class TrainJob:
@@ -213,9 +119,7 @@ class TrainJob:
         deadline = time.monotonic() + GONE_SECONDS
         while not self._create():
             found = self.get()
-            if found is None:
-                continue
-            if "deletionTimestamp" not in found["metadata"]:
+            if found is not None and "deletionTimestamp" not in found["metadata"]:
                 if state(found) != "Failed":
                     log.info("TrainJob %s goes on from an earlier attempt", self.name)
                     return
@@ -247,30 +151,39 @@ class TrainJob:
 
         Raises:
             StageError: it failed, is gone, or its nodes cannot start.
+            ClusterError: the Kubernetes API has failed for too long.
         """
-        follower, told, hindered = LogFollower(self.here, self.name), "", 0.0
+        follower, watch = LogFollower(self.here, self.name), Watch(self.name, pending_seconds)
+        answered = time.monotonic()
         try:
             while True:
-                found = self.get()
-                if found is None:
-                    raise StageError(f"TrainJob {self.name} was deleted while it ran; `grpo cancel` or kubectl did that")
-                if state(found) == "Complete":
-                    return
-                pods = self.here.pods(self.name)
-                if state(found) == "Failed":
-                    raise StageError(f"TrainJob {self.name} failed: {reason(found)}{last_words(self.here, self.name)}")
-                follower.attend(pods)
-                trouble = "queued: it waits for Kueue" if state(found) == "Suspended" else node_troubles(self.here, pods)
-                if trouble and trouble != told:
-                    log.warning("TrainJob %s: %s", self.name, trouble)
-                stuck = bool(trouble) and state(found) != "Suspended"
-                hindered = (hindered or time.monotonic()) if stuck else 0.0
-                if stuck and time.monotonic() - hindered > pending_seconds:
-                    raise StageError(f"TrainJob {self.name} could not start for {pending_seconds:.0f} s: {trouble}")
-                told = trouble
+                try:
+                    if self._look(follower, watch):
+                        return
+                    answered = time.monotonic()
+                except ClusterError as error:  # the job runs on without the API server
+                    refused = status_of(error.__cause__ or error) in (401, 403)
+                    if refused or time.monotonic() - answered > OUTAGE_SECONDS:
+                        raise
+                    log.warning("TrainJob %s: %s", self.name, error)
                 time.sleep(POLL_SECONDS)
         finally:
             follower.stop()
+
+    def _look(self, follower: LogFollower, watch: "Watch") -> bool:
+        """Whether it has ended well."""
+        found = self.get()
+        if found is None:
+            raise StageError(f"TrainJob {self.name} was deleted while it ran, by `grpo cancel` or by kubectl")
+        if state(found) == "Failed":
+            raise StageError(f"TrainJob {self.name} failed: {reason(found)}{last_words(self.here, self.name)}")
+        pods = self.here.pods(self.name)
+        follower.attend(pods)
+        if state(found) == "Suspended":
+            watch.waits("it waits in the queue, until Kueue admits it", may_last=True)
+        elif state(found) != "Complete":
+            watch.waits(node_troubles(self.here, self.name, pods), may_last=False)
+        return state(found) == "Complete"
 
     def delete(self) -> None:
         """Deletes the job and its pods; fine when it is gone."""

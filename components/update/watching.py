@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import threading
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -73,12 +72,15 @@ class LogFollower:
             rest = b""
             for chunk in answer.stream(amt=None, decode_content=False):
                 *lines, rest = (rest + chunk).split(b"\n")
-                for line in lines:
-                    stamp, _, text = line.decode(errors="replace").partition(" ")
-                    if stamp > self.last:
-                        self.last = stamp
-                        yield text
-            # a line without its end was cut off and comes again
+                yield from self._new(lines)
+            yield from self._new([rest] if rest else [])  # not reached when the connection broke: it comes again whole
+
+    def _new(self, lines: list[bytes]) -> Iterator[str]:
+        for line in lines:
+            stamp, _, text = line.decode(errors="replace").partition(" ")
+            if stamp > self.last:
+                self.last = stamp
+                yield text
 
 
 def last_words(here: Here, job: str) -> str:
@@ -103,13 +105,16 @@ def _tail(here: Here, pod: str) -> list[str]:
 
 def warnings_of(here: Here, name: str) -> list[str]:
     """Warnings about the job and whatever was made for it, oldest first, each once."""
-    listing = here.core.list_namespaced_event
-    found = call("list the events", lambda: listing(here.namespace, field_selector="type=Warning")).items
+    selector = "type=Warning"
+    listing = call("list the events", lambda: here.core.list_namespaced_event(here.namespace, field_selector=selector))
+    found = listing.items
     ours = [event for event in found if (event.involved_object.name or "").startswith(name)]
     ours.sort(key=lambda event: str(event.last_timestamp or event.event_time or ""))
     return list(dict.fromkeys(f"{event.involved_object.name}: {event.reason}: {event.message}" for event in ours))
 
 
-def node_troubles(here: Here, pods: list[Any]) -> str:
+def node_troubles(here: Here, job: str, pods: list[Any]) -> str:
     """Why the nodes do not start, in one text; blank when nothing is wrong."""
+    if not pods:  # a quota or a policy keeps them from being made
+        return "; ".join(warnings_of(here, job)[-3:])
     return "; ".join(trouble for pod in pods if pod.status.phase == "Pending" for trouble in troubles(pod))

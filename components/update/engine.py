@@ -5,6 +5,7 @@ micro-batches and of ranks changes nothing. DeepSpeed averages over ranks; losse
 """
 
 import math
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ def import_deepspeed() -> Any:
     """DeepSpeed, quiet, and without its shared-memory collectives, which it would compile at first use on a CPU."""
     import logging
 
+    if not torch.cuda.device_count():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found none
     with _what_is_needed():
         import deepspeed
         import deepspeed.module_inject.auto_ep_layer

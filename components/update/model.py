@@ -150,7 +150,9 @@ def load_policy(directory: Path, *, dtype: torch.dtype, padded: bool, checkpoint
         DataError: the folder is not a causal language model, or one whose logits are more than a matrix product.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     attention.register()
     implementation = "sdpa" if padded else attention.IMPLEMENTATION
     try:

@@ -14,6 +14,8 @@ from engine_case import Outcome
 from components.common.errors import StageError
 from components.update import launch
 
+pytestmark = pytest.mark.slow
+
 ENDLESS = {"num_epochs": 1_000_000, "num_processes": 2, "num_threads": 1}
 """More optimizer steps than any test waits for."""
 

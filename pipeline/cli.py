@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from components.common.errors import ArtifactNotFound, GrpoError
-from pipeline import cli_cluster
+from pipeline import cli_artifacts, cli_checks, cli_cluster
 from pipeline.options import Overrides, SettingsFile
 
 app = typer.Typer(
@@ -122,6 +122,8 @@ def report(run: Run = None) -> None:
 
 
 app.registered_commands += cli_cluster.app.registered_commands
+app.registered_commands += cli_checks.app.registered_commands
+app.add_typer(cli_artifacts.app, name="artifacts")
 
 
 def main() -> None:

@@ -72,6 +72,8 @@ class StageResources(Settings):
     """Name of the GPU resource."""
     gpu_type: str | None = None
     """Value of the node label that names the GPU type or pool in the preset's cloud, e.g. `nvidia-h100-80gb`."""
+    gpu_memory: str | None = Field(default=None, pattern=QUANTITY)
+    """Memory of one GPU, for `grpo plan`; unset: what a known `gpu_type` has."""
     node_selector: dict[str, str] = {}
     """More node labels the pod wants."""
     tolerations: tuple[Toleration, ...] = ()
@@ -124,6 +126,8 @@ class ClusterSettings(Settings):
     """Kueue LocalQueue the pods wait in."""
     service_account: str | None = None
     """Service account of the run; unset: Kubeflow's (`pipeline-runner` or `default-editor`)."""
+    prices: dict[str, float] = {}
+    """Price of an hour of one GPU, by `gpu_type`, in any currency, for `grpo plan`: `{ nvidia-h100-80gb = 3.9 }`."""
     configure: StageResources = CPU_STAGE
     """Pod of configure."""
     dataset: StageResources = CPU_STAGE
@@ -250,3 +254,13 @@ def _identify(task: Any, cluster: ClusterSettings, pod: StageResources) -> None:
     if cluster.config_map:
         keys = {name: name for name in ("AWS_REGION", "MLFLOW_TRACKING_URI")}
         kubernetes.use_config_map_as_env(task, cluster.config_map, keys, optional=True)
+
+
+def quantity(text: str) -> float:
+    """A Kubernetes quantity as a number: `64Gi` in bytes, `500m` in units."""
+    units = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+    binary = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+    for unit, factor in (binary | units).items():
+        if text.endswith(unit):
+            return float(text.removesuffix(unit)) * factor
+    return float(text)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from components.common.errors import SettingsError
 from components.common.settings import apply_overrides, read_toml, validate
 from components.configure.config import RunSettings
 from pipeline.resources import ClusterSettings
@@ -28,8 +27,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> PipelineSettings:
     """
     values = _relative_to(apply_overrides(read_toml(path), overrides), path.resolve().parent)
     values["store"] = store_url(values.get("store", RunSettings.model_fields["store"].default))
-    _embed_rewards(values)
-    return validate(PipelineSettings, values, where=str(path))
+    settings = validate(PipelineSettings, values, where=str(path))
+    return settings.model_copy(update={"reward": settings.reward.embedded(path.resolve().parent)})
 
 
 def store_url(text: Any) -> Any:
@@ -46,15 +45,3 @@ def _relative_to(value: Any, folder: Path) -> Any:
         name, separator, rest = value.partition(":")
         return str((folder / name).resolve()) + separator + rest
     return value
-
-
-def _embed_rewards(values: dict[str, Any]) -> None:
-    functions = values.get("reward", {}).get("functions", []) if isinstance(values.get("reward"), dict) else []
-    for function in functions if isinstance(functions, list) else []:
-        name = function.get("name", "") if isinstance(function, dict) else ""
-        file, separator, _ = name.rpartition(":") if isinstance(name, str) else ("", "", "")
-        if separator and file.endswith(".py") and "source" not in function:
-            try:
-                function["source"] = Path(file).read_text()
-            except OSError as error:
-                raise SettingsError(f"reward function {name}: cannot read {file}: {error.strerror}") from None

@@ -57,6 +57,7 @@ def check_for_cluster(settings: PipelineSettings) -> None:
             ("store", settings.store),
             ("model", settings.model),
             ("dataset.source", settings.dataset.source),
+            ("dataset.eval_source", settings.dataset.eval_source or ""),
         )
         if value.startswith(("file://", "/"))
     ]

@@ -1,6 +1,8 @@
 """The client side of a cluster, against a server that speaks its calls: submit, chain, follow, cancel, schedule."""
 
 import json
+import os
+import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,8 +19,9 @@ from components.common.errors import SettingsError
 from components.common.settings import validate
 from pipeline.chain import go_on
 from pipeline.compiling import iterations_that_fit
-from pipeline.connection import ClusterError, Connection
+from pipeline.connection import ClusterError, Connection, call
 from pipeline.following import Pods, cancel, follow, tasks_of
+from pipeline.scaffold import write_start
 from pipeline.scheduling import schedule, schedules, six_fields, unschedule
 from pipeline.settings import PipelineSettings
 from pipeline.submitting import resumed, runs, settings_of, submit, upload
@@ -86,8 +89,8 @@ def test_a_second_run_of_a_fine_tune_is_refused_while_the_first_goes_on(cluster,
 @pytest.mark.parametrize("statuses", [[500, 503, 429], ["drop"], [429, "drop", 500]])
 def test_a_busy_or_broken_server_is_asked_again(cluster, client, statuses):
     cluster.faults["/experiments"] = list(statuses)
-    submit(client, settings())
-    assert cluster.faults["/experiments"] == [] and len(cluster.runs) == 1
+    call("make the experiment", client.create_experiment, "grpo-f")
+    assert cluster.faults["/experiments"] == [] and len(cluster.experiments) == 1
 
 
 @pytest.mark.parametrize(
@@ -96,14 +99,14 @@ def test_a_busy_or_broken_server_is_asked_again(cluster, client, statuses):
 def test_a_refusal_says_how_to_mend_it(cluster, client, status, words):
     cluster.faults["/runs"] = [status] * 9
     with pytest.raises(ClusterError, match=words):
-        submit(client, settings())
-    assert not cluster.runs
+        call("read the run", client.get_run, "some-run")
+    assert cluster.counted("GET", "/runs") == 1  # asking again would not help
 
 
 def test_a_server_that_stays_broken_is_given_up(cluster, client):
     cluster.faults["/pipelines"] = [500] * 99
     with pytest.raises(ClusterError, match="ml-pipeline"):
-        submit(client, settings())
+        call("look up the pipeline", client.get_pipeline_id, "grpo-f")
     assert cluster.counted("GET", "/pipelines") == kube.ATTEMPTS
 
 
@@ -255,6 +258,28 @@ def test_a_schedule_never_catches_up_and_runs_one_at_a_time(cluster, client):
 def test_a_schedule_is_one_run(client):
     with pytest.raises(SettingsError, match="lower them to"):
         schedule(client, settings(iterations=500), "0 3 * * *", None)
+
+
+def grpo(*arguments, **environment):
+    command = [sys.executable, "-m", "pipeline.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+
+
+def test_the_commands_reach_the_cluster_they_are_told(cluster, tmp_path):
+    write_start(tmp_path / "mine")
+    changes = ["store=s3://bucket", "dataset.source=gsm8k", 'reward.functions=[{name="numeric_match"}]', "fine_tune=f"]
+    changes += [f"cluster.{stage}.image=registry.example/{stage}@sha256:{'0' * 64}" for stage in STAGES]
+    options = [str(tmp_path / "mine" / "settings.toml"), *(part for change in changes for part in ("--set", change))]
+    sent = grpo("submit", *options, GRPO_HOST=cluster.url)
+    assert sent.returncode == 0, sent.stderr
+    (run,) = cluster.runs.values()
+    assert "8 iterations" in sent.stdout and f"{cluster.url}/#/runs/details/{run['run_id']}" in sent.stdout
+    assert run["run_id"] in grpo("status", "f", "--host", cluster.url).stdout
+    assert grpo("schedule", *options, "--cron", "0 3 * * *", GRPO_HOST=cluster.url).returncode == 0
+    assert "0 0 3 * * *" in grpo("schedules", GRPO_HOST=cluster.url).stdout
+    assert grpo("unschedule", "f", GRPO_HOST=cluster.url).returncode == 0 and not cluster.recurring
+    again = grpo("submit", *options, GRPO_HOST=cluster.url)
+    assert again.returncode == 1 and "going on" in again.stderr and "Traceback" not in again.stderr
 
 
 WINTER, SUMMER = datetime(2026, 1, 15, tzinfo=UTC), datetime(2026, 7, 15, tzinfo=UTC)

@@ -200,7 +200,7 @@ def test_a_recurring_run_ends_early_until_the_data_changes(project, finished):
         ("rollout.grup_size=4", "did you mean rollout.group_size?"),
         ("model=./nowhere", "no folder"),
         ("dataset.prompt_column=question", "question"),
-        ("reward.functions=[{name='./missing.py:f'}]", "cannot read"),
+        ("reward.functions=[{name='./missing.py:f'}]", "No such file"),
     ],
 )
 def test_bad_input_is_one_clear_message(project, override, words):

@@ -26,7 +26,7 @@ def test_a_folder_with_files_is_left_alone(tmp_path):
 def test_a_missing_reward_file_is_named(tmp_path):
     write_start(tmp_path / "mine")
     (tmp_path / "mine" / "reward.py").unlink()
-    with pytest.raises(SettingsError, match=r"reward\.py.*cannot read"):
+    with pytest.raises(SettingsError, match=r"reward\.py.*No such file"):
         load(tmp_path / "mine" / "settings.toml")
 
 

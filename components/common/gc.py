@@ -26,6 +26,8 @@ GRACE = timedelta(hours=24)
 LASTING = {"prompts", "evaluation", "decision"}
 """Kinds that are small and tell the history; always live."""
 BLOB_NAME = re.compile(r"blobs/blake3/[0-9a-f]{64}")
+REFERENCE = "reference"
+"""Role and name of the policy a fine-tune started from."""
 DELETERS = 16
 
 
@@ -115,7 +117,25 @@ def _live(records: Sequence[Recorded], keep_last: int) -> set[str]:
         manifest = record.manifest
         if (manifest.fine_tune, manifest.run, manifest.iteration) in kept:
             live.add(record.key)
-    return live
+    return live | _references(records, live)
+
+
+def _references(records: Sequence[Recorded], live: set[str]) -> set[str]:
+    """Reference policies of what is kept: a run that goes on measures its distance from them."""
+    wanted = {
+        digest
+        for record in records
+        if record.key in live
+        for role, digest in record.manifest.parents.items()
+        if role == REFERENCE
+    }
+    runs = {(record.manifest.fine_tune, record.manifest.run) for record in records if record.key in live}
+    return {
+        record.key
+        for record in records
+        if record.manifest.digest in wanted
+        or (record.name.endswith(f"/{REFERENCE}") and (record.manifest.fine_tune, record.manifest.run) in runs)
+    }
 
 
 def _champions(store: Store) -> set[str]:

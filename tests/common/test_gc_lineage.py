@@ -172,6 +172,16 @@ def test_the_champion_stays_unless_told_otherwise(tmp_path: Path) -> None:
     assert keys(made["policy1"]) <= {stat.key for stat in gc.plan(store, keep_last=1, keep_champions=False).sweep}
 
 
+def test_the_reference_policy_of_a_run_that_goes_on_stays(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    tune = FineTune(store, tmp_path / "files")
+    policies = [tune.make("policy", 0, {})]
+    for k in range(3):
+        policies.append(tune.make("policy", k + 1, {"policy": policies[-1], "reference": policies[0]}))
+    age(store)
+    assert {stat.key for stat in gc.plan(store, keep_last=1).sweep} == keys(policies[1], policies[2])
+
+
 def test_what_a_kept_artifact_shares_with_an_old_one_stays(tmp_path: Path) -> None:
     store = FileStore(tmp_path / "store")
     tune = FineTune(store, tmp_path / "files")

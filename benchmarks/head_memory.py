@@ -1,6 +1,6 @@
 """Peak memory and time of loss and backward over the language-model head: ours against full logits.
 
-    python benchmarks/head_memory.py [--tokens 8192] [--vocabulary 151936] [--hidden 512] [--dtype float32]
+    python benchmarks/head_memory.py [--tokens 8192] [--vocabulary 151936] [--hidden 512] [--threads 1]
 
 Each way runs in a process of its own; on a CPU the peak is the resident set's (`ru_maxrss`, less what was there
 before), on a GPU the allocator's. `plain` is the least a plain implementation needs: logits, log_softmax, gather.
@@ -8,6 +8,7 @@ before), on a GPU the allocator's. `plain` is the least a plain implementation n
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ def measure(way: str, tokens: int, vocabulary: int, hidden: int, dtype: str) -> 
     weight_VH = torch.randn(vocabulary, hidden, **options).mul_(0.05).requires_grad_()
     targets_N = torch.randint(0, vocabulary, (tokens,), device=device)
     weights_N = torch.randn(tokens, device=device)
-    before, start = resident(device), time.perf_counter()
+    before, start = resident(device), (time.perf_counter(), time.process_time())
     if way == "plain":
         logprobs_NV = torch.log_softmax(hidden_NH @ weight_VH.t(), dim=-1)
         loss = (logprobs_NV.gather(1, targets_N[:, None]).squeeze(1) * weights_N).sum()
@@ -39,8 +40,8 @@ def measure(way: str, tokens: int, vocabulary: int, hidden: int, dtype: str) -> 
         loss = fused_head_loss(hidden_NH, weight_VH, targets_N, lambda logp_n, _, n: logp_n * weights_N[n]).loss
     loss.backward()
     norms = [x.grad.float().norm().item() for x in (hidden_NH, weight_VH)]
-    seconds = time.perf_counter() - start
-    return {"bytes": resident(device) - before, "seconds": seconds, "norms": norms}
+    wall, cpu = (now - then for now, then in zip((time.perf_counter(), time.process_time()), start, strict=True))
+    return {"bytes": resident(device) - before, "seconds": wall, "cpu_seconds": cpu, "norms": norms}
 
 
 def on_gpu() -> bool:
@@ -72,10 +73,14 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--way", choices=WAYS, help="measure this one in this process and print JSON")
     arguments = parser.parse_args()
     sizes = arguments.tokens, arguments.vocabulary, arguments.hidden, arguments.dtype
     if arguments.way:
+        import torch
+
+        torch.set_num_threads(arguments.threads)
         print(json.dumps(measure(arguments.way, *sizes)))
         return
     wanted = 3.3 * arguments.tokens * arguments.vocabulary * (4 if arguments.dtype == "float32" else 2)
@@ -87,11 +92,12 @@ def main() -> None:
         results[way] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     print(f"{arguments.tokens} tokens, vocabulary {arguments.vocabulary}, hidden {arguments.hidden}, {arguments.dtype}")
     for way, result in results.items():
-        memory, seconds = (results["plain"][name] / result[name] for name in ("bytes", "seconds"))
+        memory, cpu = (results["plain"][name] / result[name] for name in ("bytes", "cpu_seconds"))
         norms = ", ".join(f"{norm:.6g}" for norm in result["norms"])
+        seconds = f"{result['seconds']:6.1f} s, {result['cpu_seconds']:6.1f} CPU-s ({cpu:4.2f}x faster)"
         print(
             f"{way:>10}  peak {result['bytes'] / 2**30:6.2f} GiB ({memory:4.1f}x smaller)   "
-            f"{result['seconds']:6.1f} s ({seconds:4.2f}x faster)   gradient norms {norms}"
+            f"{seconds}   gradient norms {norms}"
         )
 
 

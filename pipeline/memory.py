@@ -13,6 +13,8 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GIB = 1 << 30
 HEAD_BUFFER = 192 << 20
 """Logits that exist at once (`components/update/head.py`)."""
+AUTOMATIC_TOKENS = {True: 16_384, False: 2_048}
+"""What `max_tokens_per_microbatch = "auto"` is on a GPU, and without one (`components/update/inputs.py`)."""
 BUCKET_VALUES = 500_000_000
 """DeepSpeed's default `reduce_bucket_size`: gradients on their way to the other processes."""
 RUNTIME = 1.5 * GIB
@@ -44,6 +46,8 @@ def update_parts(settings: UpdateSettings, shape: ModelShape, *, on_gpu: bool, p
     """Bytes of one process of the update, by part."""
     half = settings.dtype == "bfloat16" or (settings.dtype == "auto" and on_gpu)
     value, zero = (2 if half else 4), settings.zero_stage
+    asked = settings.max_tokens_per_microbatch
+    tokens = AUTOMATIC_TOKENS[on_gpu] if asked == "auto" else asked
     models = 2 if settings.algorithm == "ppo" else 1
     all_values = models * shape.parameters
     trained = shape.lora(settings.lora.rank) if settings.lora.rank else all_values
@@ -54,8 +58,8 @@ def update_parts(settings: UpdateSettings, shape: ModelShape, *, on_gpu: bool, p
         "weights": value * weights / share[3],
         "gradients": 4 * trained / share[2],
         "optimizer": master + 8 * trained / share[1],
-        "activations": _activations(settings, shape, value),
-        "logits": min(settings.max_tokens_per_microbatch * shape.vocabulary * 4, HEAD_BUFFER),
+        "activations": _activations(settings, shape, value, tokens),
+        "logits": min(tokens * shape.vocabulary * 4, HEAD_BUFFER),
     }
     if zero:
         parts["buckets"] = value * min(BUCKET_VALUES, trained)
@@ -68,9 +72,8 @@ def update_parts(settings: UpdateSettings, shape: ModelShape, *, on_gpu: bool, p
     return parts
 
 
-def _activations(settings: UpdateSettings, shape: ModelShape, value: int) -> float:
+def _activations(settings: UpdateSettings, shape: ModelShape, value: int, tokens: int) -> float:
     """Kept for the backward pass of one micro-batch; with checkpointing, each layer's input and one layer's inside."""
-    tokens = settings.max_tokens_per_microbatch
     if settings.gradient_checkpointing:
         return tokens * value * (shape.layers * shape.hidden + shape.layer_values)
     return tokens * value * shape.layers * shape.layer_values
@@ -92,7 +95,7 @@ def _update_advice(update: UpdateSettings, parts: dict[str, float]) -> str:
             return "set update.gradient_checkpointing = true"
         return f"lower update.max_tokens_per_microbatch (now {update.max_tokens_per_microbatch})"
     if update.zero_stage < 3 and not update.lora.rank:
-        return f"set update.zero_stage = 3 (now {update.zero_stage}) and more processes (cluster.update.gpus, update.nodes)"
+        return f"set update.zero_stage = 3 (now {update.zero_stage}) and add processes (cluster.update.gpus, nodes)"
     if not update.offload_optimizer and largest == "optimizer":
         return "set update.offload_optimizer = true"
     return "set update.lora.rank = 32, add processes (cluster.update.gpus, update.nodes), or take a larger gpu_type"

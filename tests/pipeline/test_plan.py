@@ -128,7 +128,8 @@ def test_a_half_billion_model_fits_and_eight_billion_do_not():
     assert make_plan(checkpointed, small).problems == []
     (problem,) = make_plan(checkpointed, ModelShape.of(LLAMA_8B, where="l")).problems
     assert problem.startswith("update needs") and "zero_stage = 3" in problem and "79.0 are there" in problem
-    (problem,) = make_plan(h100(), small).problems
+    small_gpu = settings(cluster={"rollout": {"gpu_type": "nvidia-l4"}, "update": {"gpu_type": "nvidia-l4"}})
+    (problem,) = make_plan(small_gpu, small).problems
     assert "gradient_checkpointing = true" in problem
 
 
@@ -174,6 +175,13 @@ def test_gpus_are_found_by_their_labels():
     assert find_gpu("mystery") is None and find_gpu(None) is None
 
 
+def test_the_automatic_micro_batch_is_the_updates_own():
+    from components.update import inputs
+    from pipeline import memory
+
+    assert {device == "cuda": count for device, count in inputs.AUTOMATIC_TOKENS.items()} == memory.AUTOMATIC_TOKENS
+
+
 def test_quantities():
     assert [quantity(text) for text in ("64Gi", "500m", "2", "1.5G")] == [64 * GIB, 0.5, 2, 1.5e9]
 
@@ -192,5 +200,5 @@ def test_the_lines_name_what_is_unknown():
     made = make_plan(settings(), ModelShape.of(QWEN_HALF_BILLION, where="q"))
     text = "\n".join(lines_of(made, 2))
     assert "0.494 billion" in text and "set gpu_memory or gpu_type" in text and "gpu_type to known GPUs" in text
-    text = "\n".join(lines_of(make_plan(h100(), ModelShape.of(QWEN_HALF_BILLION, where="q")), 2))
+    text = "\n".join(lines_of(make_plan(h100(), ModelShape.of(LLAMA_8B, where="l")), 2))
     assert "DOES NOT FIT" in text and "cost" in text

@@ -2,8 +2,8 @@
 
     .venv/bin/python scripts/lock.py requirements/local.in > requirements/local.txt
 
-The list is complete, so `scripts/install.sh` installs it without resolving anything. Torch and what only its CUDA builds
-bring stay out: torch is installed apart.
+The list is complete, so `scripts/install.sh` installs it without resolving anything. Torch, and what only its CUDA
+builds bring, stay out: torch is installed apart.
 """
 
 import sys

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
+from components.common import champion
 from components.common.errors import ArtifactError, SettingsError, StageError
 from components.common.manifest import Manifest
 from components.common.settings import dump_stage
-from components.common import champion
 from components.publish import stage
 from components.publish.config import PublishSettings
 

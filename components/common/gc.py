@@ -25,6 +25,8 @@ from components.common.store import FileStore, Stat, Store
 GRACE = timedelta(hours=24)
 LASTING = {"prompts", "evaluation", "decision"}
 """Kinds that are small and tell the history; always live."""
+SWEPT = ("blobs/", "partial/")
+"""What is swept: blobs, and what interrupted rollouts saved and none came back for."""
 BLOB_NAME = re.compile(r"blobs/blake3/[0-9a-f]{64}")
 REFERENCE = "reference"
 """Role and name of the policy a fine-tune started from."""
@@ -61,7 +63,7 @@ def plan(store: Store, *, keep_last: int, keep_champions: bool = True, grace: ti
     """
     if keep_last < 1:
         raise SettingsError(f"keep_last must be at least 1, got {keep_last}: a fine-tune could not go on")
-    blobs = list(store.list("blobs/"))
+    blobs = [stat for prefix in SWEPT for stat in store.list(prefix)]
     records = history(store)
     live = _live(records, keep_last)
     if keep_champions:

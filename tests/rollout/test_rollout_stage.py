@@ -176,6 +176,30 @@ def test_cut_and_foreign_parts_are_dropped_and_drawn_again(make_job, one_thread,
     assert job.run(**LONG, progress_every_seconds=1e-6).digest == undisturbed.digest
 
 
+def test_parts_nobody_came_back_for_are_collected(make_job, monkeypatch):
+    from datetime import timedelta
+
+    from components.common import gc
+
+    job = make_job()
+
+    def stop(self, done, total, **figures):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("components.common.stage.Stage.progress", stop)
+        job.run(**LONG | {"num_prompts": 30}, progress_every_seconds=1e-6)
+    assert saved_parts(job)
+    store = open_store(job.context.store)
+    found = gc.plan(store, keep_last=1)
+    gc.sweep(store, found)
+    assert saved_parts(job), "they are young: someone may come back"
+    young = timedelta(seconds=-60)
+    gc.sweep(store, gc.plan(store, keep_last=1, grace=young), grace=young)
+    assert saved_parts(job) == []
+    job.run()  # what a policy and prompts need was left alone
+
+
 def test_a_swapped_weight_file_is_caught(make_job, policy_dir, monkeypatch, tmp_path):
     """The fetch is right and the file is exchanged behind its back, as a node's shared cache could do."""
     from components.common.stage import Stage

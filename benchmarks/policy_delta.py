@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-WARM_STEPS = 12
+WARM_STEPS = 16
 LEARNING_RATES = (1e-6, 1e-5)
 SHAPES = {
     100: {"hidden_size": 640, "intermediate_size": 1920, "num_hidden_layers": 12, "vocab_size": 32_000},

@@ -1,8 +1,11 @@
 """The codec of one block of a patch: positions as gaps, values as differences in units in the last place.
 
-Frames of a block of width 2: gaps, values, large values. Of another width: gaps, then a frame a byte of the values.
+Frames of a block of width 2: gaps, signs, values, large values. Of another width: gaps, then a frame a byte of values.
 Gaps take one byte when changes are dense enough, else two; the highest value says "so many unchanged, and more follow",
-which keeps a geometric distribution geometric, so that zstd's entropy coder comes within 1 % of the optimum.
+which keeps a geometric distribution geometric, so that zstd's entropy coder comes within 1 % of the optimum. An
+optimizer moves a value by about the learning rate, which is one unit in the last place for all but the values nearest to
+zero: from some magnitude on, the sign says all, and takes one bit.
+"""
 
 # E elements of a block, C changed ones
 """
@@ -34,9 +37,11 @@ def encode(old: memoryview, new: memoryview, width: int) -> tuple[int, list[byte
     if changed == 0:
         return 0, []
     if changed > DENSE * new_E.size:
-        return changed, [b"", *_pack_values(_steps(old_E, new_E), dense=True)]
-    steps_C = _steps(old_E[positions_C], new_E[positions_C])
-    return changed, [_pack_gaps(positions_C, changed > BYTE_GAPS * new_E.size), *_pack_values(steps_C, dense=False)]
+        return changed, [b"", *_pack_planes(_steps(old_E, new_E))]
+    old_C = old_E[positions_C]
+    steps_C = _steps(old_C, new_E[positions_C])
+    gaps = _pack_gaps(positions_C, changed > BYTE_GAPS * new_E.size)
+    return changed, [gaps, *(_pack_steps(steps_C, old_C) if width == 2 else _pack_planes(steps_C))]
 
 
 class Block:
@@ -56,15 +61,14 @@ class Block:
         try:
             gaps, *values = frames
             if not gaps:
-                self.values_E = _move(
-                    self.values_E, _unpack_values(values, self.values_E, self.values_E.size, dense=True)
-                )
+                self.values_E = _move(self.values_E, _unpack_planes(values, self.values_E))
                 return
             positions_C = _unpack_gaps(gaps)
             if positions_C.size != changed or positions_C[-1] >= self.values_E.size:
                 raise ValueError("positions do not fit")
-            steps_C = _unpack_values(values, self.values_E, changed, dense=False)
-            self.values_E[positions_C] = _move(self.values_E[positions_C], steps_C)
+            old_C = self.values_E[positions_C]
+            unpack = _unpack_steps if old_C.itemsize == 2 else _unpack_planes
+            self.values_E[positions_C] = _move(old_C, unpack(values, old_C))
         except (ValueError, IndexError, zstandard.ZstdError) as error:
             raise ArtifactError(f"a patch is damaged: {error}") from None
 
@@ -93,41 +97,57 @@ def _move(old: "np.ndarray[Any, Any]", steps: "np.ndarray[Any, Any]") -> "np.nda
     return _ordered(moved).view(old.dtype)
 
 
-def _pack_values(steps: "np.ndarray[Any, Any]", *, dense: bool) -> list[bytes]:
+def _pack_steps(steps_C: "np.ndarray[Any, Any]", old_C: "np.ndarray[Any, Any]") -> list[bytes]:
+    """Signs of the values from a magnitude on where every step is 1 or -1; the steps of the others."""
+    import numpy as np
+
+    small_C = (steps_C == 1) | (steps_C == -1)
+    sizes_C = old_C & np.uint16(0x7FFF)
+    start = 0 if small_C.all() else int(sizes_C[~small_C].max()) + 1
+    plain_C = sizes_C >= start
+    signs = start.to_bytes(2, "little") + np.packbits(steps_C[plain_C] < 0).tobytes()
+    others = steps_C[~plain_C]
+    large = (others > 127) | (others < -127)
+    frames = [signs, _squeeze(np.where(large, -128, others).astype(np.int8)) if others.size else b""]
+    return [*frames, _squeeze(others[large]) if large.any() else b""]
+
+
+def _unpack_steps(frames: Sequence[memoryview], old_C: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    import numpy as np
+
+    signs, values, large = frames
+    plain_C = (old_C & np.uint16(0x7FFF)) >= int.from_bytes(signs[:2], "little")
+    steps_C = np.empty(old_C.size, np.int16)
+    bits = np.unpackbits(np.frombuffer(signs[2:], np.uint8), count=int(np.count_nonzero(plain_C)))
+    steps_C[plain_C] = 1 - 2 * bits.astype(np.int16)
+    if values:
+        others = np.frombuffer(_expand(values), np.int8).astype(np.int16)
+        if large:
+            others[others == -128] = np.frombuffer(_expand(large), "<i2")
+        steps_C[~plain_C] = others
+    return steps_C
+
+
+def _pack_planes(steps: "np.ndarray[Any, Any]") -> list[bytes]:
+    """Zigzag steps, all first bytes, all second bytes, and so on."""
     import numpy as np
 
     width = steps.itemsize
-    if width == 2 and not dense:
-        large = (steps > 127) | (steps < -127)
-        if large.any():
-            return [_squeeze(np.where(large, -128, steps).astype(np.int8)), _squeeze(steps[large])]
-        return [_squeeze(steps.astype(np.int8)), b""]
     zigzag = ((steps << 1) ^ (steps >> (8 * width - 1))).view(f"<u{width}")
     planes = zigzag.view(np.uint8).reshape(-1, width)
     return [_squeeze(np.ascontiguousarray(planes[:, place])) for place in range(width)]
 
 
-def _unpack_values(
-    frames: Sequence[memoryview], like: "np.ndarray[Any, Any]", count: int, *, dense: bool
-) -> "np.ndarray[Any, Any]":
+def _unpack_planes(frames: Sequence[memoryview], like: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
     import numpy as np
 
     width = like.itemsize
-    if width == 2 and not dense:
-        small, large = frames
-        steps = np.frombuffer(_expand(small), np.int8).astype(np.int16)
-        if large:
-            steps[steps == -128] = np.frombuffer(_expand(large), "<i2")
-    else:
-        planes = np.empty((count, width), np.uint8)
-        for place, frame in enumerate(frames):
-            planes[:, place] = np.frombuffer(_expand(frame), np.uint8)
-        zigzag = planes.reshape(-1).view(f"<u{width}")
-        one = zigzag.dtype.type(1)
-        steps = ((zigzag >> one) ^ -(zigzag & one).view(f"<i{width}").view(zigzag.dtype)).view(f"<i{width}")
-    if steps.size != count:
-        raise ValueError("values do not fit")
-    return steps
+    planes = np.empty((like.size, width), np.uint8)
+    for place, frame in enumerate(frames):
+        planes[:, place] = np.frombuffer(_expand(frame), np.uint8)
+    zigzag = planes.reshape(-1).view(f"<u{width}")
+    one = zigzag.dtype.type(1)
+    return ((zigzag >> one) ^ -(zigzag & one).view(f"<i{width}").view(zigzag.dtype)).view(f"<i{width}")
 
 
 # --- positions ------------------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ class RolloutSettings(Settings):
     """`top_p` of held-out completions."""
     curriculum_weight: float = Field(default=1.0, gt=0, le=1)
     """How often a prompt is drawn whose last group was all alike (all right or all wrong), against one whose was not:
-    0.25 draws it every fourth time (1/weight is rounded). 1: every prompt once an epoch."""
+    0.25 draws it every fourth time. 1: every prompt once an epoch."""
     dtype: Dtype = "auto"
     """Number format of the weights while sampling; `auto`: as they are stored."""
     batch_size: int = Field(default=1024, ge=1)

@@ -3,9 +3,8 @@
 Frames of a block of width 2: gaps, signs, values, large values. Of another width: gaps, then a frame a byte of values.
 Gaps take one byte when changes are dense enough, else two; the highest value says "so many unchanged, and more follow",
 which keeps a geometric distribution geometric, so that zstd's entropy coder comes within 1 % of the optimum. An
-optimizer moves a value by about the learning rate, which is one unit in the last place for all but the values nearest to
-zero: from some magnitude on, the sign says all, and takes one bit.
-"""
+optimizer moves a value by about the learning rate, which is one unit in the last place for all but the values nearest
+to zero: from some magnitude on, the sign says all, and takes one bit.
 
 # E elements of a block, C changed ones
 """

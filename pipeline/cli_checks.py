@@ -44,7 +44,7 @@ def lines_of(made: Any, iterations: int) -> list[str]:
     if made.concurrent is not None:
         found.append(f"{'':<10} {made.concurrent} of the longest samples at once")
     found.append(
-        f"storage    up {traffic.up_delta / gib:.2f} GiB an iteration with patches, {traffic.up_full / gib:.2f} without "
+        f"storage    up {traffic.up_delta / gib:.2f} GiB an iteration with patches, {traffic.up_full / gib:.2f} else "
         f"(policy {traffic.policy / gib:.2f}, patch {traffic.patch / gib:.3f}, optimizer "
         f"{traffic.optimizer / gib:.2f}, completions {traffic.completions / gib:.3f}); down {traffic.down / gib:.2f}"
     )

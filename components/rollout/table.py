@@ -55,5 +55,7 @@ def lists(arrays_BT: "Sequence[Sequence]", kind: "pa.DataType") -> "pa.ListArray
 
     offsets = np.zeros(len(arrays_BT) + 1, dtype=np.int32)
     np.cumsum([len(array) for array in arrays_BT], out=offsets[1:])
-    values = np.concatenate([*arrays_BT, np.empty(0, kind.to_pandas_dtype())]).astype(kind.to_pandas_dtype())
+    # pyarrow's own table of dtypes wants pandas, which the image of rollout does not have
+    dtype = {pa.int32(): np.int32, pa.float32(): np.float32}[kind]
+    values = np.concatenate([*arrays_BT, np.empty(0, dtype)]).astype(dtype)
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, kind))

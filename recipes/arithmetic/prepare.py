@@ -6,7 +6,7 @@ teacher, who forgets four carries in five, so it imitates a third of right answe
 
     python recipes/arithmetic/prepare.py [--seed 0] [--folder recipes/arithmetic/build]
 
-Left out: everything a library would add; about 80,000 parameters learn to imitate in some fifteen seconds on one core.
+Left out: everything a library would add; about 80,000 parameters learn to imitate in some twenty seconds on one core.
 A folder that is there already, made with the same constants and seed, is left as it is.
 """
 

@@ -1,6 +1,7 @@
 """What every object store must do, the same for a folder, moto's server and a real S3 server."""
 
 import os
+from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from components.common.errors import ArtifactNotFound, DigestMismatch, SettingsError, StoreError
-from components.common.integrity import blob_key
+from components.common.integrity import blob_key, crc32c
 from components.common.manifest import file_digest
 from components.common.store import Store, open_store
 
@@ -149,3 +150,8 @@ def test_a_wrong_url_says_what_is_wrong(url: str, message: str) -> None:
 def test_a_url_has_one_spelling() -> None:
     url = "s3://bucket/some/prefix/?region=eu-west-1&endpoint=http%3A%2F%2Fhost%3A9000&part_mib=24"
     assert open_store(url).url == "s3://bucket/some/prefix?endpoint=http://host:9000&region=eu-west-1"
+
+
+def test_crc32c_is_the_published_one() -> None:
+    """Check value of CRC-32C (RFC 3720, appendix B.4 uses the same polynomial): 0xE3069283 of the digits 1 to 9."""
+    assert crc32c(b"123456789") == b64encode(bytes.fromhex("e3069283")).decode()

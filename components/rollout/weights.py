@@ -35,6 +35,14 @@ def weight_files(policy: Path) -> list[str]:
         DataError: there are none.
     """
     names = sorted(path.name for path in policy.glob("*.safetensors"))
+    index = policy / "model.safetensors.index.json"
+    if index.exists():  # some models have their weights twice, the second time in their makers' own format
+        parts = set(json.loads(index.read_text())["weight_map"].values())
+        if missing := parts - set(names):
+            raise DataError(
+                f"{index} names {', '.join(sorted(missing))}, which the policy does not have: save it again"
+            )
+        return sorted(parts)
     if not names:
         raise DataError(
             f"no weights: {policy} has no *.safetensors file; a policy is a folder in Hugging Face format, "

@@ -64,7 +64,7 @@ def save(
     """Writes this rank's pieces; rank 0 writes the index too.
 
     `masters`: of which parameters also the float32 weights. `shared`: every rank has the same fragments (ZeRO 0), so
-    they take turns.
+    they take turns. Moments of an optimizer whose every step was skipped are zeros.
     """
     from safetensors.torch import save_file
 
@@ -76,7 +76,7 @@ def save(
         step = int(state.get("step", step))
         if shared and number % world_size != rank:
             continue
-        kinds = {kind: state[kind] for kind in MOMENTS if kind in state}
+        kinds = {kind: state[kind] if state else torch.zeros_like(fragment.flat) for kind in MOMENTS}
         kinds |= {MASTER: fragment.flat} if masters(fragment.name) else {}
         tensors = files.setdefault("critic" if fragment.name.startswith(CRITIC) else "optimizer", {})
         for kind, tensor in kinds.items():

@@ -47,7 +47,7 @@ class HealthSettings(Settings):
     """Limits of a healthy update; crossing one fails the iteration and keeps the last good policy."""
 
     max_skipped_steps: int = Field(default=3, ge=0)
-    """Optimizer steps of an iteration that may be skipped for a loss or gradient that is not finite."""
+    """Optimizer steps in a row, over iterations too, that may be skipped for a gradient that is not finite."""
     max_kl: float | None = Field(default=None, gt=0)
     """Highest mean KL to the reference, nats a token; needs `beta > 0`."""
     max_logp_difference: float | None = Field(default=None, gt=0)
@@ -203,6 +203,11 @@ class UpdateSettings(Settings):
              "kl_in = \"reward\" takes the penalty from one total; set reward_combination = \"sum_then_normalize\""),
             (self.algorithm == "ppo" and self.loss_type == "gspo",
              "algorithm = \"ppo\" has an advantage a token, gspo a ratio a sequence; set loss_type = \"dapo\""),
+            (self.lora.rank > 0 and not self.carry_optimizer,
+             "a merged policy's adapter is kept with the optimizer state; leave carry_optimizer = true"),
+            (self.lora.rank > 0 and self.lora.publish == "merged" and self.optimizer_every > 1,
+             "a merged policy's adapter is kept with the optimizer state; set optimizer_every = 1, or "
+             "lora.publish = \"adapter\""),
             (self.lora.rank > 0 and self.zero_stage == 3,
              "LoRA leaves little to divide and runs with zero_stage 0 to 2; set zero_stage = 2"),
             (self.correction_floor is not None and self.correction == "none",

@@ -54,12 +54,14 @@ def prepare(stage: UpdateStage, folder: Path) -> Job:
         stage.fetch_manifest(manifest, "reference", [name for name in manifest.names if is_model_file(name)])
     restore = _fetch_optimizer(stage, fresh_adapter=adapter == "fresh")
     device, dtype = _place(settings)
+    before = stage.manifest("optimizer").metadata
     if settings.max_tokens_per_microbatch == "auto":
         settings = settings.model_copy(update={"max_tokens_per_microbatch": AUTOMATIC_TOKENS[device]})
     return Job(
         settings=settings, seed=stage.context.seed + (stage.iteration or 0), temperature=sampling(stage, "temperature"),
         max_completion_length=sampling(stage, "max_completion_length"),
-        global_step=int(stage.manifest("optimizer").metadata.get("global_step", 0)), device=device, dtype=dtype,
+        global_step=int(before.get("global_step", 0)), num_skipped=int(before.get("num_skipped", 0)),
+        device=device, dtype=dtype,
         publish_dtype=stored_dtype(folder) if settings.publish_dtype == "auto" else settings.publish_dtype,
         restore=restore, save_optimizer=saves_optimizer(stage), adapter=adapter, merge=merges(stage),
         adapter_off_is_reference=base_is_reference,

@@ -27,6 +27,8 @@ class Job(Settings):
     """The sampler's limit, in tokens; `dr_grpo` divides by it."""
     global_step: int
     """Optimizer steps of the fine-tune before this iteration."""
+    num_skipped: int = 0
+    """Optimizer steps just before this iteration that were skipped in a row."""
     device: Literal["cpu", "cuda"]
     """Resolved device."""
     dtype: Literal["float32", "bfloat16"]
@@ -52,6 +54,8 @@ class Result(Settings):
     """Metrics of the update, under TRL's names."""
     global_step: int
     """Optimizer steps of the fine-tune, this iteration's included."""
+    num_skipped: int = 0
+    """Optimizer steps skipped in a row up to the end of this iteration."""
 
 
 def write_failure(folder: Path, rank: int, error: errors.GrpoError) -> None:

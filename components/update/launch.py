@@ -8,6 +8,7 @@ from torchrun's `PET_*` variables, as Kubeflow Trainer sets them; without them i
 import os
 import signal
 import threading
+import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ def work(folder: str) -> None:
     except BaseException as error:
         if _is_out_of_memory(error):
             write_failure(path, rank, StageError(_memory_advice(job, error)))
+        traceback.print_exc()  # into this rank's log, whose last lines the stage shows
         raise
 
 

@@ -69,14 +69,23 @@ def _update(stage: Stage[UpdateSettings]) -> None:
     if result is None:
         nodes.hand_over(stage, state)
     else:
-        _publish(stage, figures | result.metrics, result.global_step, state, merged=job.merge)
+        counts = {"global_step": result.global_step, "num_skipped": result.num_skipped}
+        _publish(stage, figures | result.metrics, counts, state, merged=job.merge)
         nodes.clear(stage)
 
 
 def _publish(
-    stage: Stage[UpdateSettings], metrics: dict[str, float], global_step: int, state: dict[str, Path], *, merged: bool
+    stage: Stage[UpdateSettings],
+    metrics: dict[str, float],
+    counts: dict[str, int],
+    state: dict[str, Path],
+    *,
+    merged: bool,
 ) -> None:
-    """Publishes what the workers left in `next/`; `state` are the files of this node's optimizer state.
+    """Publishes what the workers left in `next/`.
+
+    counts: optimizer steps of the fine-tune, and those skipped of late.
+    state: files of this node's optimizer state.
 
     Optimizer state first: it names the policy its master weights are of, so a policy never gets another's.
     """
@@ -91,14 +100,14 @@ def _publish(
     digest = content_digest("policy", files)
     if inputs.saves_optimizer(stage):
         held = state | (adapter if merged else {})
-        metadata = {"global_step": global_step, "policy_digest": digest}
+        metadata: dict[str, Any] = {**counts, "policy_digest": digest}
         if merged:
             metadata["base"] = [file.model_dump() for file in base]
         others = nodes.collect(stage)
         stage.publish("next_optimizer", kind="optimizer", files=held, reuse=others, metadata=metadata)
     else:
         kept = before.files if stage.settings.carry_optimizer else ()
-        metadata = before.metadata | {"global_step": global_step}
+        metadata = before.metadata | counts
         stage.publish("next_optimizer", kind="optimizer", reuse=kept, metadata=metadata)
     metadata = _policy_metadata(stage)
     stage.publish("next_policy", kind="policy", reuse=files, metrics=metrics | figures, metadata=metadata)

@@ -44,6 +44,7 @@ class Trainer:
         self.adapter: Any = None
         self.figures: dict[str, float] = {}
         self.num_skipped = 0
+        self.num_skipped_in_a_row = job.num_skipped
 
     def run(self) -> Result:
         """Trains, checks the figures' health, writes `next/`."""
@@ -61,7 +62,8 @@ class Trainer:
         figures["skipped_steps"] = float(self.num_skipped)
         check_figures(self.settings, figures)
         self._save(engine)
-        return Result(metrics=figures, global_step=self.job.global_step + len(steps) - self.num_skipped)
+        global_step = self.job.global_step + len(steps) - self.num_skipped
+        return Result(metrics=figures, global_step=global_step, num_skipped=self.num_skipped_in_a_row)
 
     def _plan(self) -> list[Step]:
         return plan_steps(
@@ -179,6 +181,7 @@ class Trainer:
         if applied:
             self.meter.add("loss", loss_sum, 1 / self.world_size)
             self.meter.add("grad_norm", norm, 1)
+            self.num_skipped_in_a_row = 0
         else:
             self._skip()
 
@@ -202,11 +205,12 @@ class Trainer:
 
     def _skip(self) -> None:
         self.num_skipped += 1
+        self.num_skipped_in_a_row += 1
         limit = self.settings.health.max_skipped_steps
-        if self.num_skipped > limit:
+        if self.num_skipped_in_a_row > limit:
             raise HealthError(
-                f"loss or gradient was not finite in {self.num_skipped} optimizer steps (health.max_skipped_steps = "
-                f"{limit}); lower learning_rate, or look for NaN in the policy's weights"
+                f"the gradient was not finite in {self.num_skipped_in_a_row} optimizer steps in a row "
+                f"(health.max_skipped_steps = {limit}); lower learning_rate, or look for NaN in the policy's weights"
             )
 
     def _save(self, engine: Engine) -> None:

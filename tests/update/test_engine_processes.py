@@ -147,3 +147,18 @@ def test_too_little_memory_names_the_setting_to_lower(case, engine_model, monkey
         case.update(inputs, scored, max_tokens_per_microbatch=500_000)
     assert outputs(case) == []
     assert case.update(inputs, scored, max_tokens_per_microbatch=2_000).metrics["num_tokens"] > 50_000
+
+
+def crippled(folder: str) -> None:
+    """The worker, with a file where its results should go."""
+    (Path(folder) / "next").write_text("")
+    worker(folder)
+
+
+def test_a_rank_that_fails_shows_its_last_lines(case, engine_model, monkeypatch):
+    inputs = case.start(engine_model)
+    scored = case.scored("scored", engine_model, inputs["policy"])
+    monkeypatch.setattr(launch, "work", crippled)
+    with pytest.raises(StageError, match=r"(?s)rank 0 failed; nothing was published.*in _save.*NotADirectoryError"):
+        case.update(inputs, scored)
+    assert outputs(case) == []

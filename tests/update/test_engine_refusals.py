@@ -148,7 +148,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(case, engine_model
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     inputs = case.start(broken)
     scored = case.scored("scored", engine_model, inputs["policy"])
-    with pytest.raises(HealthError, match=r"not finite in 1 optimizer steps .health.max_skipped_steps = 0"):
+    with pytest.raises(HealthError, match=r"not finite in 1 optimizer steps in a row .health.max_skipped_steps = 0"):
         case.update(inputs, scored, zero_stage=zero_stage, health={"max_skipped_steps": 0})
     assert published(case) == []
     case.run_name = "lenient"
@@ -157,6 +157,9 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(case, engine_model
     assert outcome.optimizer.metadata["global_step"] == 0
     for name, weight in outcome.weights().items():
         assert torch.equal(weight, weights[name]), name
+    again = case.scored("again", engine_model, inputs["policy"])  # the weights are the same, and so is their digest
+    with pytest.raises(HealthError, match="not finite in 4 optimizer steps in a row"):  # two of them an iteration ago
+        case.update(outcome.inputs, again, iteration=1, zero_stage=zero_stage, num_minibatches=4)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +171,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(case, engine_model
         ({"health": {"max_kl": 1.0}}, "set beta above 0"),
         ({"algorithm": "ppo", "lora": {"rank": 4}}, "set lora.rank = 0"),
         ({"algorithm": "ppo", "optimizer_every": 2}, "keeps its critic beside the optimizer state"),
+        ({"lora": {"rank": 4, "publish": "merged"}, "optimizer_every": 2}, "set optimizer_every = 1"),
         ({"offload_parameters": True}, "needs zero_stage = 3"),
         ({"num_processes": 0}, 'must be "auto" or at least 1'),
         ({"max_grad_nrm": 1.0}, "did you mean max_grad_norm"),

@@ -84,7 +84,7 @@ def learn(arguments: argparse.Namespace) -> None:
             prepare = [sys.executable, str(recipe / "prepare.py"), "--seed", str(seed), "--folder", f"{build}/build"]
             subprocess.run(prepare, check=True, env=environment, stdout=subprocess.DEVNULL)
             (build / "settings.toml").write_text((recipe / "settings.toml").read_text())
-            for algorithm in ALGORITHMS:
+            for algorithm in arguments.algorithms:
                 scores = fine_tune(build, algorithm, seed, arguments, environment)
                 print(f"seed {seed}  {algorithm}: " + "  ".join(f"{score:.1%}" for score in scores), flush=True)
 
@@ -121,6 +121,7 @@ def main() -> None:
     part.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     part = commands.add_parser("learn")
     part.add_argument("--seeds", type=int, nargs="+", default=[0])
+    part.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
     part.add_argument("--iterations", type=int, default=8)
     part.add_argument("--value-learning-rate", type=float, default=1e-3)
     part.add_argument("--gae-lambda", type=float, default=1.0)

@@ -84,7 +84,5 @@ def test_the_model_reads_all_but_the_last_token_and_predicts_the_completion(padd
      ("linear", 14, 0.1), ("linear", 99, 0.1), ("cosine", 9, 0.55), ("cosine", 14, 0.1)],
 )  # fmt: skip
 def test_learning_rate_over_a_fine_tune(schedule, step, share):
-    settings = UpdateSettings(
-        warmup_steps=4, schedule=schedule, schedule_steps=14, final_learning_rate_share=0.1
-    )
+    settings = UpdateSettings(warmup_steps=4, schedule=schedule, schedule_steps=14, final_learning_rate_share=0.1)
     assert learning_rate_share(settings, step) == pytest.approx(share)

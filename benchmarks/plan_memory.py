@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-CASES = (
+CASES: tuple[dict, ...] = (
     {"zero_stage": 0},
     {"zero_stage": 1},
     {"zero_stage": 0, "gradient_checkpointing": True},

@@ -2,7 +2,8 @@
 
 python -m pipeline.janitor --namespace NAMESPACE [--grace-minutes 10] [--dry-run]
 
-`k8s/base/runs/janitor.yaml` runs it every few minutes. Only TrainJobs (trainer.kubeflow.org) with our label are looked at.
+`k8s/base/runs/janitor.yaml` runs it every few minutes. Only TrainJobs (trainer.kubeflow.org) with our
+label are looked at.
 """
 
 import argparse

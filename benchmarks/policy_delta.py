@@ -1,6 +1,6 @@
 """How much of a policy changes in an iteration, what the patch weighs, and how fast it is made and applied.
 
-    python benchmarks/policy_delta.py                        # trains a 100 M-parameter model at 1e-6 and 1e-5
+    python benchmarks/policy_delta.py                        # trains an 84 M-parameter model at 1e-6 and 1e-5
     python benchmarks/policy_delta.py --store runs/store     # patches between the policies of real runs
 
 The model (Qwen3 shape, random weights) is trained by policy gradient on completions sampled from itself: groups of 4,
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 WARM_STEPS = 16
 LEARNING_RATES = (1e-6, 1e-5)
 SHAPES = {
-    100: {"hidden_size": 640, "intermediate_size": 1920, "num_hidden_layers": 12, "vocab_size": 32_000},
+    84: {"hidden_size": 640, "intermediate_size": 1920, "num_hidden_layers": 12, "vocab_size": 32_000},
     8: {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "vocab_size": 8_000},
 }
 """Millions of parameters → model."""
@@ -146,7 +146,7 @@ def stored_rows(url: str, folder: Path) -> Iterator[list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--millions", type=int, default=100, choices=list(SHAPES))
+    parser.add_argument("--millions", type=int, default=84, choices=list(SHAPES))
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 4, 16], help="optimizer steps an iteration")
     parser.add_argument("--tokens", type=int, default=24, help="tokens of a completion")
     parser.add_argument("--store", help="measure the policies of this store instead of training")

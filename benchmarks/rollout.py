@@ -8,8 +8,8 @@ Same weights (random, Qwen3 shape), same prompts (16 to 48 tokens, G = 8 samples
   does beside it (collecting samples). The two take turns, in one process; the median is shown, without their start.
 - `transformers`: `generate` on the padded batch, against our decode loop, likewise. Ends of completions are drawn:
   both sides count the tokens they kept.
-- start: a process of its own each time, from its first line to the engine being ready; the first start after the
-  caches of compiled graphs were emptied, then again. On CPU nothing is compiled unless `--compile` is given.
+- start: a process of its own each time, from before its first heavy import to the engine being ready; the first start
+  with an empty cache of compiled graphs, then again. On CPU nothing is compiled unless `--compile` is given.
 """
 
 import argparse

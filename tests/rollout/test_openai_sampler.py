@@ -67,7 +67,7 @@ def serve(python: str, policy: Path, name: str, folder: Path, *options: str) -> 
 
 
 def wait_until_up(server: subprocess.Popen, port: int, log: Path) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         assert server.poll() is None, log.read_text()[-3000:]
         try:

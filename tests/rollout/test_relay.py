@@ -48,7 +48,7 @@ def test_the_child_ends_with_its_parent(make_job, tmp_path):
     for name, value in make_job().arguments(python=str(waiting)).items():
         command += ["--" + name, str(value)]
     parent = subprocess.Popen(command, cwd=ROOT)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not (pid_file := tmp_path / "pid").exists() or not pid_file.read_text().strip():
         assert time.monotonic() < deadline
         time.sleep(0.01)

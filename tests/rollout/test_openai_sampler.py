@@ -100,7 +100,10 @@ def real_server(vllm_python, policy_dir, policy_digest, tmp_path_factory):
         yield port
     finally:
         server.terminate()
-        server.wait(timeout=60)
+        try:
+            server.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            server.kill()
 
 
 @pytest.mark.parametrize("sampling", [

@@ -99,7 +99,7 @@ def probed(vllm_python, policy_dir, bf16_dir, adapted_dir, tmp_path_factory) -> 
     (folder / "plan.json").write_text(json.dumps(plan))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [vllm_python, str(Path(__file__).with_name("vllm_probe.py")), "plan.json", "out.json"]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     outcomes = dict(zip(policies, json.loads((folder / "out.json").read_text()), strict=True))
     for outcome in outcomes.values():

@@ -20,7 +20,7 @@ CASES: tuple[dict, ...] = (
     {"zero_stage": 0, "gradient_checkpointing": True},
     {"zero_stage": 2, "num_processes": 2},
 )
-NOTHING = {"hidden": 32, "layers": 2, "inner": 48}
+NOTHING = {"hidden": 64, "layers": 2, "inner": 64}
 
 
 def measure(folder: Path, shape: dict[str, int], tokens: int, changes: dict) -> tuple[float, float]:

@@ -10,6 +10,7 @@ import signal
 import threading
 import traceback
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from components.update.job import Job, Result, read_failure, write_failure
 
 LAST_LINES = 20
 """Lines of a dead rank's log that the error shows."""
+RENDEZVOUS_SECONDS = 20
+"""Time to reach this machine's own rendezvous."""
 GRACE_SECONDS = 10
 """Time between SIGTERM and SIGKILL for the other ranks."""
 
@@ -137,10 +140,15 @@ def _import_model(folder: Path) -> None:
 
 def _local_rendezvous() -> tuple[list[str], Any]:
     """torchrun's options for this machine alone, on a port that the system picked and that is held from here on."""
-    from torch.distributed import TCPStore
+    from torch.distributed import DistError, TCPStore
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+    patience = timedelta(seconds=RENDEZVOUS_SECONDS)
+    try:
+        store = TCPStore("127.0.0.1", 0, None, True, patience, wait_for_workers=False, multi_tenant=True)
+    except DistError as error:
+        problem = str(error).split(". The", 1)[0].splitlines()[0]
+        raise StageError(f"update: {problem}; bring the loopback interface up") from None
     address = ["--master-addr", "127.0.0.1", "--master-port", str(store.port), "--local-addr", "127.0.0.1"]
     return ["--rdzv-backend", "static", "--node-rank", "0", *address], store
 

@@ -72,6 +72,7 @@ class Job:
     def settings(self, **changes) -> str:
         """Settings of the job as JSON."""
         values = {"engine": "transformers", "num_prompts": 12, "group_size": 3, "max_completion_length": 10}
+        values["num_threads"] = 1
         return dump_stage(self.context, RolloutSettings.model_validate(values | {"eval_group_size": 2} | changes))
 
     def arguments(self, *, iteration: int = 0, shard: int = 0, out: str = "completions", **changes) -> dict:

@@ -31,6 +31,7 @@ def requests(sampling: Sampling, *, num_prompts: int = 24, group_size: int = 4) 
 
 
 def start(policy: Path, **settings) -> TransformersSampler:
+    settings = {"num_threads": 1} | settings  # at this size a second thread only waits for the first
     return TransformersSampler(policy, RolloutSettings(**settings), decode=lambda ids: "".join(map(chr, ids)))
 
 

@@ -148,7 +148,7 @@ def test_a_long_fine_tune_becomes_a_chain(cluster, client, monkeypatch):
     assert settings_of(client, runs(client, "f")[-1]).iterations == 2 * fit + 1
 
 
-def test_resuming_does_what_remains(cluster, client, tmp_path, tiny_model):
+def test_resuming_does_what_remains(cluster, client, tmp_path):
     from components.common.manifest import Manifest, manifest_key
     from components.common.store import open_store
 

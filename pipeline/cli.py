@@ -45,7 +45,8 @@ def run(
         raise GrpoError(f"{here.fine_tune}/{here.name} is done; start the next run without --resume")
     console = Console(highlight=False)
     title = f"{here.fine_tune}/{here.name}"
-    console.print(f"[bold]{title}[/]  {settings.iterations} iterations from {settings.model}; logs in {here.path}/logs")
+    begun = f"[bold]{title}[/]  {settings.iterations} iterations from {settings.model}; logs in {here.path}/logs"
+    console.print(begun, soft_wrap=True)
     context = settings.context(run=here.name, first_iteration=0)
     try:
         with Watcher(console, title, context) as watch:

@@ -54,11 +54,11 @@ class Watcher:
         kind, task, clock = event["event"], event["task"], _clock(time.monotonic() - self.started)
         if kind == "done":
             figures = "  ".join(f"{name} {value:.4g}" for name, value in _headline(event).items())
-            self.console.print(f"{clock}  {task:<16} {event['seconds']:6.1f} s  {figures}")
+            self.console.print(f"{clock}  {task:<20} {event['seconds']:6.1f} s  {figures}", soft_wrap=True)
         elif kind == "skipped":
-            self.console.print(f"{clock}  {task:<16}  done before")
+            self.console.print(f"{clock}  {task:<20}  done before")
         elif kind == "failed":
-            self.console.print(f"{clock}  {task:<16}  failed", style="red")
+            self.console.print(f"{clock}  {task:<20}  failed", style="red")
 
 
 HEADLINES = {

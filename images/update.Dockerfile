@@ -2,13 +2,13 @@
 #
 # BUILD_BASE has the compiler (and nvcc, for CUDA operations); BASE is what runs. Both hold the same torch.
 # A CPU image, for kind:  BASE and BUILD_BASE = a Debian with python3, python3-venv and, to build, a C++ compiler;
-# TORCH="torch==2.13.0+cpu", OPS="DS_BUILD_SHM_COMM=1", ACCELERATOR=cpu.
+# TORCH="torch==2.13.0+cpu", TORCH_INDEX=the index of torch's CPU builds, OPS="DS_BUILD_SHM_COMM=1", ACCELERATOR=cpu.
 ARG BASE=docker.io/pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime
 ARG BUILD_BASE=docker.io/pytorch/pytorch:2.13.0-cuda13.0-cudnn9-devel
 
 FROM ${BUILD_BASE} AS build
 ARG TORCH=""
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG TORCH_INDEX=""
 ARG OPS="DS_BUILD_FUSED_ADAM=1 DS_BUILD_CPU_ADAM=1 DS_BUILD_UTILS=1"
 ARG ACCELERATOR=cuda
 # Hopper, Ada and Ampere; every further architecture adds minutes.
@@ -20,7 +20,7 @@ COPY images/prune.py images/check.py /build/
 RUN python3 -m venv --system-site-packages /opt/venv \
  && /opt/venv/bin/python -m pip install setuptools==84.2.1 wheel ninja \
  && if [ -n "${TORCH}" ]; then \
-      /opt/venv/bin/python -m pip install --no-compile --extra-index-url "${TORCH_INDEX}" "${TORCH}"; \
+      /opt/venv/bin/python -m pip install --no-compile ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} "${TORCH}"; \
     fi \
  && grep -v '^deepspeed==' /build/requirements.txt > /build/others.txt \
  && /opt/venv/bin/python -m pip install --no-compile --no-deps -r /build/others.txt

@@ -31,7 +31,6 @@ from pathlib import Path
 
 PACKAGES = ("radosgw", "ceph-mon", "ceph-osd", "ceph-common", "ceph-base")
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-MIRROR = "http://deb.debian.org/debian"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo-pipeline" / "ceph"
 ROOT = CACHE / "root"
 BUCKET = "grpo"
@@ -112,6 +111,16 @@ def install() -> Path:
     return ROOT
 
 
+def _mirror() -> str:
+    """The Debian mirror this machine is set up with."""
+    command = ["apt-get", "indextargets", "--format", "$(REPO_URI)"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    mirrors = [uri for uri in found if uri.rstrip("/").endswith("/debian")]
+    if not mirrors:
+        raise SystemExit("apt knows no Debian mirror: the packages of Ceph come from Debian")
+    return mirrors[0]
+
+
 def _download() -> list[Path]:
     """The .deb files of PACKAGES and of everything they need, from the cache or from the mirror."""
     kept = sorted((CACHE / "archives").glob("*.deb"))
@@ -121,7 +130,7 @@ def _download() -> list[Path]:
     for folder in (apt / "lists/partial", apt / "state", CACHE / "archives/partial"):
         folder.mkdir(parents=True, exist_ok=True)
     (apt / "status").touch()
-    (apt / "sources.list").write_text(f"deb [signed-by={KEYRING}] {MIRROR} sid main\n")
+    (apt / "sources.list").write_text(f"deb [signed-by={KEYRING}] {_mirror()} sid main\n")
     settings = {
         "Dir::Etc": apt, "Dir::Etc::sourcelist": apt / "sources.list", "Dir::Etc::sourceparts": "/dev/null",
         "Dir::Etc::preferences": "/dev/null", "Dir::Etc::preferencesparts": "/dev/null",

@@ -121,7 +121,7 @@ class ClusterSettings(Settings):
     hub_secret: str | None = None
     """Secret with `HF_TOKEN`, for gated models and data sets."""
     config_map: str | None = "grpo-config"
-    """ConfigMap whose `AWS_REGION` and `MLFLOW_TRACKING_URI` become environment variables."""
+    """ConfigMap whose `AWS_DEFAULT_REGION` and `MLFLOW_TRACKING_URI` become environment variables."""
     queue: str | None = None
     """Kueue LocalQueue the pods wait in."""
     service_account: str | None = None
@@ -252,7 +252,7 @@ def _identify(task: Any, cluster: ClusterSettings, pod: StageResources) -> None:
     if cluster.hub_secret:
         kubernetes.use_secret_as_env(task, cluster.hub_secret, {"HF_TOKEN": "HF_TOKEN"})
     if cluster.config_map:
-        keys = {name: name for name in ("AWS_REGION", "MLFLOW_TRACKING_URI")}
+        keys = {name: name for name in ("AWS_DEFAULT_REGION", "MLFLOW_TRACKING_URI")}
         kubernetes.use_config_map_as_env(task, cluster.config_map, keys, optional=True)
 
 

@@ -30,18 +30,13 @@ def measure(folder: Path, algorithm: str, arguments: argparse.Namespace) -> dict
     """Seconds of each iteration's update but the first, and the process's peak memory."""
     import torch
 
-    from components.update.job import Job
     from components.update.metrics import peak_memory_bytes
     from components.update.train import Trainer
 
     torch.set_num_threads(arguments.threads)
     device = shared.lone_process_group()
     settings = shared.update_settings(arguments, algorithm=algorithm, num_minibatches=arguments.minibatches)
-    dtype = "bfloat16" if device == "cuda" else "float32"
-    job = Job(
-        settings=settings, seed=0, temperature=1.0, max_completion_length=arguments.longest, global_step=0,
-        device=device, dtype=dtype, publish_dtype=dtype, restore="nothing", save_optimizer=False,
-    )  # fmt: skip
+    job = shared.lone_job(arguments, settings, device)
     trainer = Trainer(folder, job)
     engine, seconds = trainer._engine(), []
     for number in range(arguments.steps):

@@ -21,6 +21,11 @@ import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from components.update.config import UpdateSettings
+    from components.update.job import Job
 
 MODELS = {  # vocabulary, hidden, layers, intermediate, heads, key-value heads, head size, tied
     "tiny": (2_048, 128, 4, 384, 4, 2, 32, True),
@@ -78,21 +83,27 @@ def write_batch(path: Path, name: str, sequences: int, longest: int) -> None:
     ).save(path)  # fmt: skip
 
 
+def lone_job(arguments: argparse.Namespace, settings: "UpdateSettings", device: str) -> "Job":
+    """A job of one process that starts afresh and keeps nothing."""
+    from components.update.job import Job
+
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    return Job(
+        settings=settings, seed=0, temperature=1.0, max_completion_length=arguments.longest, global_step=0,
+        device=device, dtype=dtype, publish_dtype=dtype, restore="nothing", save_optimizer=False,
+    )  # fmt: skip
+
+
 def measure_ours(folder: Path, arguments: argparse.Namespace) -> dict:
     """Our worker's own optimizer step, in this process."""
     import torch
 
-    from components.update.job import Job
     from components.update.metrics import peak_memory_bytes
     from components.update.train import Trainer
 
     device = lone_process_group()
     settings = update_settings(arguments)
-    dtype = "bfloat16" if device == "cuda" else "float32"
-    job = Job(
-        settings=settings, seed=0, temperature=1.0, max_completion_length=arguments.longest, global_step=0,
-        device=device, dtype=dtype, publish_dtype=dtype, restore="nothing", save_optimizer=False,
-    )  # fmt: skip
+    job = lone_job(arguments, settings, device)
     trainer = Trainer(folder, job)
     (step,), engine, seconds = trainer._plan(), trainer._engine(), []
     for number in range(arguments.steps):

@@ -2,13 +2,16 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from components.common.errors import ArtifactNotFound, GrpoError
 from pipeline import cli_artifacts, cli_checks, cli_cluster
 from pipeline.options import Overrides, SettingsFile
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -57,7 +60,7 @@ def run(
     _summarise(here.path, console)
 
 
-def _summarise(run_dir: Path, console: "object") -> None:
+def _summarise(run_dir: Path, console: "Console") -> None:
     from components.common.events import read_events
     from pipeline.progress import iteration_records, iteration_table
     from pipeline.reports import export_report
@@ -65,12 +68,12 @@ def _summarise(run_dir: Path, console: "object") -> None:
     try:
         report = export_report(run_dir)
     except ArtifactNotFound:
-        console.print("nothing was trained: the data set has not changed since the champion was accepted")  # type: ignore[attr-defined]
+        console.print("nothing was trained: the data set has not changed since the champion was accepted")
         return
-    console.print(iteration_table(iteration_records(read_events(run_dir))))  # type: ignore[attr-defined]
+    console.print(iteration_table(iteration_records(read_events(run_dir))))
     if report.summary:
-        console.print(report.summary)  # type: ignore[attr-defined]
-    console.print(f"report: {report.path}")  # type: ignore[attr-defined]
+        console.print(report.summary)
+    console.print(f"report: {report.path}")
 
 
 @app.command(name="compile")

@@ -29,7 +29,7 @@ def examine_cluster(settings: PipelineSettings | None, namespace: str) -> Iterat
         core = client.CoreV1Api()
         found = read("namespace", lambda: core.read_namespace(namespace))
     except ClusterError as error:
-        mend = "" if status_of(error.__cause__ or error) else "KUBECONFIG, or run this in a pod"
+        mend = "" if status_of(error) else "KUBECONFIG, or run this in a pod"
         yield Finding("failure", "Kubernetes", f"{error}; what it would tell was not checked", mend)
         return
     if isinstance(found, Finding):
@@ -52,7 +52,7 @@ def read(what: str, request: Callable[[], Any]) -> Any:
     try:
         return call(f"read {what}", request)
     except ClusterError as error:
-        status = status_of(error.__cause__ or error)
+        status = status_of(error)
         if status == 404:
             return None
         if status == 403:

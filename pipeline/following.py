@@ -102,7 +102,7 @@ class Pods:
                 **options,
             )
         except ClusterError as error:
-            if status_of(error.__cause__ or error) in (400, 404):  # not started yet, or gone meanwhile
+            if status_of(error) in (400, 404):  # not started yet, or gone meanwhile
                 yield f"(pod {pod.metadata.name} has no log: {error})"
                 return
             raise
@@ -122,7 +122,7 @@ class Pods:
                 label_selector=f"{TRAIN_JOB_RUN_LABEL}={run_id}",
             )
         except ClusterError as error:
-            if status_of(error.__cause__ or error) == 404:
+            if status_of(error) == 404:
                 return []
             raise
         names = [item["metadata"]["name"] for item in found["items"]]

@@ -63,7 +63,7 @@ def _train_jobs(api: Any, namespace: str) -> Iterator[dict[str, Any]]:
         try:
             page = call("list the TrainJobs", lambda to=to: api.list_namespaced_custom_object(**to))
         except ClusterError as error:
-            if status_of(error.__cause__ or error) == 404:
+            if status_of(error) == 404:
                 return
             raise
         yield from page["items"]
@@ -99,7 +99,7 @@ def _workflow(api: Any, namespace: str, name: str) -> dict[str, Any] | None:
             lambda: api.get_namespaced_custom_object(**WORKFLOWS, namespace=namespace, name=name),
         )
     except ClusterError as error:
-        if status_of(error.__cause__ or error) == 404:
+        if status_of(error) == 404:
             return None
         raise
 
@@ -109,7 +109,7 @@ def _delete(api: Any, namespace: str, name: str) -> None:
     try:
         call("delete the TrainJob", lambda: api.delete_namespaced_custom_object(**to))
     except ClusterError as error:
-        if status_of(error.__cause__ or error) != 404:  # it went by itself meanwhile
+        if status_of(error) != 404:  # it went by itself meanwhile
             raise
 
 

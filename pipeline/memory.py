@@ -5,7 +5,7 @@ P parameters   T tokens of a micro-batch   W processes   all sizes in bytes
 
 from dataclasses import dataclass
 
-from components.update.config import UpdateSettings
+from components.update.config import AUTOMATIC_TOKENS, UpdateSettings
 from pipeline.settings import PipelineSettings
 from pipeline.shape import ModelShape
 
@@ -13,8 +13,6 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GIB = 1 << 30
 HEAD_BUFFER = 192 << 20
 """Logits that exist at once (`components/update/head.py`)."""
-AUTOMATIC_TOKENS = {True: 16_384, False: 2_048}
-"""What `max_tokens_per_microbatch = "auto"` is on a GPU, and without one (`components/update/inputs.py`)."""
 BUCKET_VALUES = 500_000_000
 """DeepSpeed's default `reduce_bucket_size`: gradients on their way to the other processes."""
 RUNTIME = 1.5 * GIB
@@ -47,7 +45,7 @@ def update_parts(settings: UpdateSettings, shape: ModelShape, *, on_gpu: bool, p
     half = settings.dtype == "bfloat16" or (settings.dtype == "auto" and on_gpu)
     value, zero = (2 if half else 4), settings.zero_stage
     asked = settings.max_tokens_per_microbatch
-    tokens = AUTOMATIC_TOKENS[on_gpu] if asked == "auto" else asked
+    tokens = AUTOMATIC_TOKENS["cuda" if on_gpu else "cpu"] if asked == "auto" else asked
     models = 2 if settings.algorithm == "ppo" else 1
     all_values = models * shape.parameters
     trained = shape.lora(settings.lora.rank) if settings.lora.rank else all_values

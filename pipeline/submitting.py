@@ -104,7 +104,7 @@ def _version(client: Any, pipeline_id: str, name: str, path: Path) -> str:
     try:
         made = call("upload the version", client.upload_pipeline_version, str(path), name, pipeline_id=pipeline_id)
     except ClusterError as error:
-        if status_of(error.__cause__ or error) != 409:
+        if status_of(error) != 409:
             raise
         return _version(client, pipeline_id, name, path)  # another submit was quicker with the very same graph
     return made.pipeline_version_id

@@ -44,12 +44,16 @@ def call(what: str, request: Callable[..., T], *arguments: Any, **options: Any) 
 
 
 def status_of(error: BaseException) -> int | None:
-    """HTTP status of a client's exception, if it has one."""
+    """HTTP status of a client's exception, or of the one that a ClusterError explains; None where there is none."""
+    if isinstance(error, ClusterError) and error.__cause__ is not None:
+        error = error.__cause__
     status = getattr(error, "status", None)
     return status if isinstance(status, int) and status > 0 else None
 
 
 def _passing(error: BaseException) -> bool:
+    if isinstance(error, GrpoError):  # explained already, and asked again by whoever explained it
+        return False
     status = status_of(error)
     return status == 429 or (status is not None and status >= 500) or (status is None and _is_network(error))
 

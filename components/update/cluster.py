@@ -95,7 +95,7 @@ def _owner(custom: Any, namespace: str, pod: Any) -> dict[str, Any]:
         read = lambda: custom.get_namespaced_custom_object(**WORKFLOWS, namespace=namespace, name=name)  # noqa: E731
         return _reference(name, call("read the Workflow", read)["metadata"]["uid"])
     except ClusterError as error:
-        if status_of(error.__cause__ or error) == 404:
+        if status_of(error) == 404:
             raise StageError(f"Workflow {name} is gone: the run was deleted") from None
         raise
 

@@ -7,6 +7,10 @@ from pydantic import Field, model_validator
 from components.common.patched import DeltaSettings
 from components.common.settings import Settings
 
+AUTOMATIC_TOKENS = {"cuda": 16_384, "cpu": 2_048}
+"""What `max_tokens_per_microbatch = "auto"` is on a device: on a CPU 2,048 tokens of a small model take 0.6 of the time
+they take in one micro-batch of 16,384."""
+
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 

@@ -110,7 +110,7 @@ class TrainJob:
         try:
             return call("read the TrainJob", lambda: api.get_namespaced_custom_object(**self.reference))
         except ClusterError as error:
-            if status_of(error.__cause__ or error) == 404:
+            if status_of(error) == 404:
                 return None
             raise
 
@@ -135,7 +135,7 @@ class TrainJob:
         try:
             call("create the TrainJob", lambda: api.create_namespaced_custom_object(**to, body=self.body))
         except ClusterError as error:
-            status = status_of(error.__cause__ or error)
+            status = status_of(error)
             if status == 404:
                 raise StageError(
                     "update.nodes needs Kubeflow Trainer, and this cluster has no TrainJobs: "
@@ -162,7 +162,7 @@ class TrainJob:
                         return
                     answered = time.monotonic()
                 except ClusterError as error:  # the job runs on without the API server
-                    refused = status_of(error.__cause__ or error) in (401, 403)
+                    refused = status_of(error) in (401, 403)
                     if refused or time.monotonic() - answered > OUTAGE_SECONDS:
                         raise
                     log.warning("TrainJob %s: %s", self.name, error)
@@ -192,7 +192,7 @@ class TrainJob:
         try:
             call("delete the TrainJob", remove)
         except ClusterError as error:
-            if status_of(error.__cause__ or error) != 404:
+            if status_of(error) != 404:
                 log.warning("TrainJob %s stays, and the janitor will come for it: %s", self.name, error)
 
 

@@ -48,6 +48,14 @@ class FaultProxy(ThreadingHTTPServer):
                 self.met[fault] += 1
             return fault
 
+    def flipped(self, data: bytes) -> bytes:
+        """The same with one bit changed, another one each time: damage that repeats itself is damage that is stored."""
+        if not data:
+            return data
+        with self.lock:
+            place, bit = self.random.randrange(len(data)), self.random.randrange(8)
+        return data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
+
     def handle_error(self, *_: object) -> None:
         """Clients hang up on us; that is what they are here for."""
 
@@ -69,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault in ERRORS:
             return self._error(*ERRORS[fault])
         if fault == "change the request" and self.command == "PUT" and body:
-            body = _flipped(body)
+            body = self.server.flipped(body)
         status, headers, answer = self._ask(body)
         if fault == "lose the answer":
             return self._hang_up()
@@ -79,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
             and status in (200, 206)
             and "list-type" not in self.path
         ):
-            answer = _flipped(answer) if "uploads" not in self.path else answer
+            answer = self.server.flipped(answer) if "uploads" not in self.path else answer
         self._answer(status, headers, answer, cut=fault == "cut the body")
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _forward
@@ -122,14 +130,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Silent."""
-
-
-def _flipped(data: bytes) -> bytes:
-    """The same with one bit changed."""
-    if not data:
-        return data
-    place = len(data) // 3
-    return data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
 
 
 @contextmanager

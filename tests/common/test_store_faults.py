@@ -93,8 +93,8 @@ class Worker:
 
 def test_a_thousand_operations_with_a_fifth_of_all_requests_broken(rgw_endpoint: str, tmp_path: Path) -> None:
     # A request that timed out but is still under way may act after what followed it: stalls must outlast slow answers.
-    with proxy(rgw_endpoint, share=0.2, stall=4.5) as server:
-        store = through(server.url, "&timeout=4&deadline=60")
+    with proxy(rgw_endpoint, share=0.2, stall=10.5) as server:
+        store = through(server.url, "&timeout=10&deadline=120")
         workers = [Worker(store, tmp_path / str(number), number) for number in range(THREADS)]
         with ThreadPoolExecutor(THREADS) as pool:
             done = sum(pool.map(lambda worker: worker.work(OPERATIONS // THREADS), workers))

@@ -81,15 +81,20 @@ class Objective:
 
     def token_loss(self, micro: MicroBatch, tokens: Tokens, totals: BatchTotals, scale: float) -> TokenLoss:
         """Share of the batch's loss of a chunk of the micro-batch's tokens, times `scale`."""
-        settings = self.settings
+        settings, correction_N = self.settings, None
+        if tokens.old_N is not None:  # of whole sequences: a chunk may hold but a part of one
+            correction_N = self._correction(tokens.old_N, tokens, micro, slice(None)).weights_N
 
         def loss(logprobs_n: Tensor, entropy_n: Tensor, chunk: slice) -> Tensor:
             old_n = None if tokens.old_N is None else tokens.old_N[chunk]
             loss_n = self._policy_loss(logprobs_n, old_n, tokens, micro, chunk).loss_N
-            correction = self._correction(logprobs_n if old_n is None else old_n, tokens, micro, chunk)
+            if correction_N is None:
+                correction_n = self._correction(logprobs_n, tokens, micro, chunk).weights_N
+            else:
+                correction_n = correction_N[chunk]
             kl_n = self._kl(logprobs_n, old_n, tokens, chunk) if settings.kl_in == "loss" else None
             return scale * combine(
-                loss_n, tokens.weights_N[chunk], correction_N=correction.weights_N, kl_N=kl_n, beta=settings.beta,
+                loss_n, tokens.weights_N[chunk], correction_N=correction_n, kl_N=kl_n, beta=settings.beta,
                 entropy_N=entropy_n, entropy_coefficient=settings.entropy_coefficient, num_tokens=totals.num_tokens,
             )  # fmt: skip
 

@@ -3,6 +3,8 @@
 AdamW's step here is nearly linear in the gradient (its epsilon is 1e-2), so equal weights mean equal gradients.
 """
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -53,6 +55,27 @@ def test_the_same_weights(baseline, name):
     assert set(before) == set(after)
     for state_name, state in before.items():
         torch.testing.assert_close(after[state_name], state, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("correction", ["token_truncate", "sequence_mask"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_sequence_may_lie_in_two_chunks_of_the_head(baseline, monkeypatch, correction, steps):
+    """At a large vocabulary the head works on a few hundred tokens at a time; here on 64 of 78."""
+    from components.update import model
+
+    case, inputs, scored, _ = baseline
+    settings = {"correction": correction, "correction_cap": 1.05, "correction_floor": 0.95, "num_epochs": steps}
+    case.run_name = f"whole-{correction}-{steps}"
+    whole = case.update(inputs, scored, **settings)
+    small = {name: partial(getattr(model, name), chunk_bytes=1) for name in ("fused_head_loss", "linear_logprobs")}
+    for name, function in small.items():
+        monkeypatch.setattr(model, name, function)
+    case.run_name = f"chunks-{correction}-{steps}"
+    chunks = case.update(inputs, scored, **settings)
+    for name, weight in whole.weights().items():
+        torch.testing.assert_close(chunks.weights()[name], weight, rtol=0, atol=1e-6)
+    for figure in ("loss", "grad_norm", "sampling/importance_sampling_ratio/mean"):
+        assert chunks.metrics[figure] == pytest.approx(whole.metrics[figure], rel=2e-5, abs=2e-6), figure
 
 
 def test_ranks_without_a_sequence_keep_in_step(case, engine_model):

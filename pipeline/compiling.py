@@ -28,7 +28,7 @@ def compile_to(settings: PipelineSettings, output: Path, *, remaining: int = 0) 
     Raises:
         SettingsError: more tasks than one run holds; the message says how many iterations fit.
     """
-    from kfp import compiler
+    from google.protobuf.json_format import MessageToDict
 
     from pipeline.graph import build
 
@@ -38,12 +38,13 @@ def compile_to(settings: PipelineSettings, output: Path, *, remaining: int = 0) 
             f"iterations: {settings.iterations} make {tasks} tasks, one run holds {MAX_TASKS}; "
             f"{iterations_that_fit(settings)} iterations fit; `grpo submit` makes a chain of runs of the rest"
         )
+    graph = build(settings, on_cluster=True, remaining=remaining)
+    # KFP's own writer puts every default into a comment at the top as it is, and a line break there ends the comment.
+    documents = [MessageToDict(graph.pipeline_spec), MessageToDict(graph.platform_spec)]
+    _add_choices(documents[0])
     with tempfile.TemporaryDirectory(dir=output.resolve().parent) as folder:
         draft = Path(folder) / "pipeline.yaml"
-        compiler.Compiler().compile(build(settings, on_cluster=True, remaining=remaining), str(draft))
-        documents = list(yaml.load_all(draft.read_text(), LOADER))
-        _add_choices(documents[0])
-        draft.write_text(yaml.dump_all(documents, Dumper=DUMPER, sort_keys=False))
+        draft.write_text(yaml.dump_all(documents, Dumper=DUMPER))
         os.replace(draft, output)
     return tasks
 

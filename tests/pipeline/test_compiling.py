@@ -11,9 +11,11 @@ import yaml
 from components.common.errors import SettingsError
 from components.common.settings import validate
 from components.configure.config import RunSettings
-from components.configure.form import form_fields
+from components.configure.form import form_fields, merge, nest
 from pipeline.compiling import LOADER, MAX_TASKS, compile_to, iterations_that_fit, task_count
-from pipeline.settings import PipelineSettings
+from pipeline.scaffold import write_start
+from pipeline.settings import PipelineSettings, load
+from pipeline.submitting import split
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("configure", "dataset", "rollout", "reward", "update", "evaluate", "publish")
@@ -110,6 +112,21 @@ def test_every_setting_is_a_parameter_with_its_value_as_default(two_iterations):
         next(field.choices for field in form_fields(RunSettings) if field.name == "update_loss_type")
     )
     assert all(parameter.get("description") for parameter in parameters.values())
+
+
+@pytest.mark.parametrize("shipped", ["recipes/gsm8k", "recipes/arithmetic", "template"])
+def test_every_shipped_settings_file_compiles_and_the_form_gives_its_values_back(shipped, tmp_path):
+    folder = ROOT / shipped
+    if shipped == "template":
+        write_start(folder := tmp_path / "mine")
+    images = (f"cluster.{stage}.image=registry.example/cpu@sha256:{'0' * 64}" for stage in STAGES)
+    given, remaining = split(load(folder / "settings.toml", ("store=s3://bucket", *images)))
+    compile_to(given, tmp_path / "pipeline.yaml", remaining=remaining)
+    ir, _ = yaml.load_all((tmp_path / "pipeline.yaml").read_text(), LOADER)
+    parameters = ir["root"]["inputDefinitions"]["parameters"]
+    form = {field.dotted: parameters[field.name]["defaultValue"] for field in form_fields(RunSettings)}
+    values = given.model_dump(mode="json", exclude={"cluster"})
+    assert validate(RunSettings, merge(values, nest(form, RunSettings))) == validate(RunSettings, values)
 
 
 def test_every_pod_has_requests_an_image_by_digest_and_is_not_root(two_iterations):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
-from components.common.errors import HealthError, StageError
+from components.common.errors import HealthError, StageError, StoreError
 from components.rollout.config import RolloutSettings
 from components.rollout.plan import Group
 from components.rollout.resume import Key, Sample, Saved
@@ -55,14 +55,20 @@ class Collection:
         self.num_drawn += 1
         if len(members) == len(self._by_key[key].requests):
             self.finished[key] = [members[index] for index in range(len(members))]
-            self._unsaved.append(key)
+            if not any(sample.failed for sample in self.finished[key]):  # a restart tries the others again
+                self._unsaved.append(key)
             del self._open[key]
 
     def save(self) -> None:
-        """Puts finished groups that are not in the store yet into it."""
-        if self._unsaved:
-            keys, self._unsaved = self._unsaved, []
-            self.saved.save([(self._by_key[key], self.finished[key]) for key in keys])
+        """Puts finished groups that are not in the store yet into it; a store that refuses gets them the next time."""
+        if not self._unsaved:
+            return
+        try:
+            self.saved.save([(self._by_key[key], self.finished[key]) for key in self._unsaved])
+        except StoreError as problem:  # what is saved only spares work; the rollout itself goes on
+            log.warning("%d finished groups could not be saved: %s", len(self._unsaved), problem)
+        else:
+            self._unsaved.clear()
 
 
 def draw_all(collection: Collection, sampler: Sampler, settings: RolloutSettings, progress: Progress) -> None:
@@ -70,7 +76,6 @@ def draw_all(collection: Collection, sampler: Sampler, settings: RolloutSettings
 
     Raises:
         StageError: the process was told to end.
-        HealthError: too many samples failed.
     """
     requests = [request for group in collection.pending for request in group.requests]
     started = told = saved = time.monotonic()
@@ -91,7 +96,6 @@ def draw_all(collection: Collection, sampler: Sampler, settings: RolloutSettings
         except BaseException:
             collection.save()
             raise
-    _check_failures(collection, settings)
 
 
 def _tell(collection: Collection, sampler: Sampler, total: int, seconds: float, progress: Progress) -> None:
@@ -102,9 +106,10 @@ def _tell(collection: Collection, sampler: Sampler, total: int, seconds: float, 
     )  # fmt: skip
 
 
-def _check_failures(collection: Collection, settings: RolloutSettings) -> None:
+def check_failures(collection: Collection, settings: RolloutSettings) -> None:
+    """Before anything is published. Raises HealthError when too many samples could not be drawn."""
     samples = [sample for group in collection.groups for sample in collection.finished[group.key]]
-    failed = [sample for sample in samples if sample.finish_reason == "error"]
+    failed = [sample for sample in samples if sample.failed]
     if not failed:
         return
     message = f"{len(failed)} of {len(samples)} samples could not be drawn; the first: {failed[0].error}"

@@ -8,8 +8,9 @@ import json
 import logging
 import os
 import re
+import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -62,11 +63,10 @@ class OpenaiSampler:
         for sampling in dict.fromkeys(request.sampling for request in requests):
             self._check_processed(next(request for request in requests if request.sampling == sampling))
         answers: SimpleQueue[Completion | Exception] = SimpleQueue()
-        seats = self.settings.concurrency
-        pool = ThreadPoolExecutor(max_workers=seats, thread_name_prefix="sampler")
+        unasked, seats = deque(requests), self.settings.concurrency
         try:
-            for request in requests:
-                pool.submit(self._answer, request, answers)
+            for _ in range(min(seats, len(requests))):  # daemons: whoever stops does not wait for a slow server
+                threading.Thread(target=self._ask, args=(unasked, answers), daemon=True).start()
             for done in range(len(requests)):
                 left = len(requests) - done
                 self.load = Load(running=min(seats, left), waiting=max(0, left - seats))
@@ -75,18 +75,24 @@ class OpenaiSampler:
                     raise answer
                 yield [answer]
         finally:
-            pool.shutdown(cancel_futures=True)
+            unasked.clear()
             self.load = Load()
 
     def close(self) -> None:
         """Closes the connections."""
         self._http.clear()
 
-    def _answer(self, request: SampleRequest, answers: "SimpleQueue[Completion | Exception]") -> None:
-        try:
-            answers.put(self._complete(request))
-        except Exception as error:  # a thread's error must reach the caller, whatever it is, or it waits forever
-            answers.put(error)
+    def _ask(self, unasked: "deque[SampleRequest]", answers: "SimpleQueue[Completion | Exception]") -> None:
+        """One seat: asks what nobody has asked yet, until there is nothing left."""
+        while True:
+            try:
+                request = unasked.popleft()
+            except IndexError:
+                return
+            try:
+                answers.put(self._complete(request))
+            except Exception as error:  # a thread's error must reach the caller, whatever it is, or it waits forever
+                answers.put(error)
 
     def _complete(self, request: SampleRequest) -> Completion:
         import urllib3

@@ -13,7 +13,7 @@ log = logging.getLogger("grpo")
 def split_metrics(split: str, groups: Sequence[Group], samples: Mapping[Key, Sequence[Sample]]) -> dict[str, float]:
     """Counts and lengths of one split; lengths in tokens, over the samples that could be drawn."""
     rows = [sample for group in groups for sample in samples[group.key]]
-    good = [sample for sample in rows if sample.finish_reason != "error"]
+    good = [sample for sample in rows if not sample.failed]
     name = "rollout/" if split == "train" else f"rollout/{split}_"
     metrics = {f"{name}num_completions": float(len(rows)), f"{name}num_failed": float(len(rows) - len(good))}
     if good:

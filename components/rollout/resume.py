@@ -34,6 +34,11 @@ class Sample:
     finish_reason: str
     error: str | None = None
 
+    @property
+    def failed(self) -> bool:
+        """Whether it could not be drawn."""
+        return self.finish_reason == "error"
+
 
 def _fields() -> "dict[str, pa.DataType]":
     import pyarrow as pa

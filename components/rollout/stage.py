@@ -45,7 +45,7 @@ def run(settings: str, iteration: int, shard: int, policy: Path, prompts: Path, 
 
 
 def _rollout(stage: Stage[RolloutSettings]) -> None:
-    from components.rollout.collect import Collection
+    from components.rollout.collect import Collection, check_failures
     from components.rollout.plan import check_fits, in_drawing_order, longest_prompt
     from components.rollout.resume import Saved
     from components.rollout.sampler import stop_tokens
@@ -65,6 +65,7 @@ def _rollout(stage: Stage[RolloutSettings]) -> None:
         log.info("%s: %d of %d groups were finished before", stage.task, len(collection.finished), len(groups))
     longest = longest_prompt(tables.values()) + stage.settings.max_completion_length
     figures, metadata = _draw(stage, folder, collection, min(longest, context_length(folder) or longest))
+    check_failures(collection, stage.settings)
     _publish(stage, folder, tables, groups, collection, figures, metadata | carried)
     saved.clear()
 

@@ -1,22 +1,27 @@
 """The engine for running servers: against a real vLLM server, and against servers that misbehave."""
 
+import io
 import json
 import os
 import random
 import re
+import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from components.common.errors import DigestMismatch, SettingsError, StageError
+from components.common.errors import DigestMismatch, HealthError, SettingsError, StageError
 from components.common.manifest import Manifest
+from components.common.store import open_store
 from components.rollout.config import RolloutSettings
 from components.rollout.draw import processed_logprobs
 from components.rollout.openai_sampler import OpenaiSampler, choose_model
@@ -155,6 +160,8 @@ class Answers(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     choice: dict = {}
     refusals = 0
+    refused_token = None
+    slow_from = None
     served = "policy-" + DIGEST.removeprefix("blake3:")[:16]
 
     def do_GET(self):
@@ -167,8 +174,9 @@ class Answers(BaseHTTPRequestHandler):
             server.bodies.append(body)
             server.running += 1
             server.most_running = max(server.most_running, server.running)
-            refuse = len(server.bodies) <= self.refusals
-        time.sleep(0.01)
+            count = len(server.bodies)
+        refuse = count <= self.refusals or self.refused_token in body["prompt"]
+        time.sleep(0.01 if self.slow_from is None or count < self.slow_from else 60)
         with server.lock:
             server.running -= 1
         self.answer(503, {"error": {"message": "busy"}}) if refuse else self.answer(200, {"choices": [self.choice]})
@@ -241,6 +249,58 @@ def test_a_server_that_stays_busy_gives_failed_samples(misbehaving):
     server = misbehaving(choice=GOOD, refusals=10_000)
     completions = collected(server, retries=1, concurrency=40)
     assert {c.error for c in completions} == {"the server answered 503: busy"}
+
+
+def asked_of(server, **changes) -> dict:
+    """Settings of a stage that samples from the server."""
+    values = {"base_url": f"http://127.0.0.1:{server.server_port}/v1", "retries": 0, "allow_unproven": True}
+    return {"engine": "openai", "openai": values | changes, "save_every_seconds": 0}
+
+
+def test_samples_of_a_server_that_was_down_are_drawn_once_it_is_up(misbehaving, make_job):
+    server, job = misbehaving(choice=GOOD, refusals=10_000, served="m"), make_job()
+    for _ in range(2):  # the second start finds nothing that would let it pass
+        with pytest.raises(
+            HealthError, match="50 of 50 samples could not be drawn; the first: the server answered 503"
+        ):
+            job.run(**asked_of(server))
+    server.RequestHandlerClass.refusals = 0
+    asked = len(server.bodies)
+    result = job.run(**asked_of(server))
+    assert len(server.bodies) - asked == 50
+    assert result.metrics["rollout/num_failed"] == result.metrics["rollout/eval_num_failed"] == 0
+
+
+def test_a_restart_draws_failed_groups_again_and_keeps_the_others(misbehaving, make_job):
+    server, job = misbehaving(choice=GOOD, refused_token=20, served="m"), make_job()
+    with pytest.raises(HealthError, match="of 50 samples could not be drawn"):
+        job.run(**asked_of(server), max_failed_share=0)
+    refused = [body["seed"] for body in server.bodies if 20 in body["prompt"]]
+    assert 0 < len(refused) < 50
+    server.RequestHandlerClass.refused_token = None
+    server.bodies.clear()
+    assert job.run(**asked_of(server), max_failed_share=0).metrics["rollout/num_failed"] == 0
+    assert sorted(body["seed"] for body in server.bodies) == sorted(refused)
+
+
+def test_sigterm_does_not_wait_for_a_slow_server(misbehaving, make_job):
+    """Eight answers come at once, the others after a minute: what is there is saved, and the process ends before."""
+    server, job = misbehaving(choice=GOOD, slow_from=9, served="m"), make_job()
+    command = [sys.executable, "-m", "components.rollout"]
+    changes = asked_of(server, concurrency=2) | {"group_size": 2, "save_every_seconds": 3600}
+    for name, value in job.arguments(**changes).items():
+        command += ["--" + name, str(value)]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while len(server.bodies) < 10:
+        assert child.poll() is None, child.communicate()
+        time.sleep(0.05)
+    time.sleep(0.5)  # the eighth answer is on its way to the stage
+    child.send_signal(signal.SIGTERM)
+    _, errors = child.communicate(timeout=40)
+    assert (child.returncode, "told to end (SIGTERM)" in errors) == (2, True)
+    store = open_store(job.context.store)
+    (part,) = store.list("partial/")
+    assert pq.read_table(io.BytesIO(store.get_bytes(part.key))).num_rows == 8
 
 
 def test_a_server_without_logprobs_is_refused(misbehaving):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from components.common.errors import DataError, DigestMismatch, HealthError, SettingsError, StageError
+from components.common.errors import DataError, DigestMismatch, HealthError, SettingsError, StageError, StoreError
 from components.common.store import open_store
 from components.rollout.prompts import choose
 
@@ -174,6 +174,47 @@ def test_cut_and_foreign_parts_are_dropped_and_drawn_again(make_job, one_thread,
     store.put_bytes(store.get_bytes(first)[:-40], first)
     store.put_bytes(b"PAR1", second)
     assert job.run(**LONG, progress_every_seconds=1e-6).digest == undisturbed.digest
+
+
+def test_a_store_that_refuses_a_part_does_not_end_the_rollout(make_job, one_thread, monkeypatch):
+    """Two saves fail, then the rollout is stopped: what they could not save is in the next part."""
+    from components.rollout.resume import Saved
+
+    save, refusals = Saved.save, []
+
+    def refuse_twice(self, groups):
+        if len(refusals) < 2:
+            refusals.append(len(groups))
+            raise StoreError("no room")
+        save(self, groups)
+
+    def stop(self, done, total, **figures):
+        if done > 40:
+            raise KeyboardInterrupt
+
+    job = make_job(num_train=120)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("components.common.stage.Stage.progress", stop)
+        patch.setattr(Saved, "save", refuse_twice)
+        job.run(**LONG, progress_every_seconds=1e-6)
+    assert refusals[1] > refusals[0] > 0
+    drawn = []
+    monkeypatch.setattr(
+        "components.common.stage.Stage.progress", lambda self, done, total, **figures: drawn.append(total)
+    )
+    job.run(**LONG, progress_every_seconds=1e-6)
+    assert drawn[0] == 120 * 2 + 7 * 2 - 48  # six batches of eight were drawn before it stopped
+
+
+def test_nothing_is_published_when_what_was_resumed_has_failed(make_job, monkeypatch):
+    from components.rollout.resume import Sample, Saved
+
+    def all_failed(self, groups):
+        return {group.key: [Sample([], [], "error", "gone") for _ in group.requests] for group in groups}
+
+    monkeypatch.setattr(Saved, "load", all_failed)
+    with pytest.raises(HealthError, match="50 of 50 samples could not be drawn; the first: gone"):
+        make_job().run()
 
 
 def test_parts_nobody_came_back_for_are_collected(make_job, monkeypatch):

@@ -10,10 +10,10 @@ export PYTHON TORCH REGISTRY TAG
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
-$(VENV)/.installed: requirements/torch.txt requirements/local.txt requirements/test.txt pyproject.toml scripts/install.sh
+$(VENV)/.installed: requirements/tools.txt requirements/torch.txt requirements/local.txt requirements/test.txt pyproject.toml scripts/install.sh
 	scripts/install.sh $(VENV) requirements/local.txt requirements/test.txt
 
-$(VLLM)/.installed: requirements/torch.txt requirements/rollout.txt pyproject.toml scripts/install.sh
+$(VLLM)/.installed: requirements/tools.txt requirements/torch.txt requirements/rollout.txt pyproject.toml scripts/install.sh
 	scripts/install.sh $(VLLM) requirements/rollout.txt
 
 $(VENV)/.system: $(VENV)/.installed scripts/system.sh scripts/ceph_rgw.py

@@ -9,15 +9,15 @@ version=$(sed -n 's/^torch==//p' requirements/torch.txt)
 
 "${PYTHON:-python3}" -m venv "$venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
-"${pip[@]}" install --upgrade pip setuptools wheel
-echo "torch $version ($torch)"
+echo "$venv: tools"
+"${pip[@]}" install --requirement requirements/tools.txt
+echo "$venv: torch $version ($torch)"
 if [ "$torch" != cpu ] || ! "${pip[@]}" install "torch==$version+cpu" 2>/dev/null; then
-    "${pip[@]}" install uv
     "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --torch-backend "$torch" "torch==$version"
 fi
 for file in "$@"; do
-    echo "$file"
+    echo "$venv: $file"
     "${pip[@]}" install --no-deps --requirement "$file"
 done
-"${pip[@]}" install --no-deps --no-build-isolation --editable .
+"${pip[@]}" install --no-deps --no-build-isolation --editable . 2> "$venv/editable.log" || { cat "$venv/editable.log" >&2; exit 1; }
 touch "$venv/.installed"

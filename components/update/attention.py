@@ -8,6 +8,7 @@ for a moment: what follows a row's end is hidden from it by causality alone, so 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,10 @@ from torch.nn import functional
 from components.common.errors import DataError
 
 IMPLEMENTATION = "grpo_packed"
+PLAIN = "eager"
+"""What every model can do; packed attention is compared with it once."""
+PACKABLE = {"full_attention", "sliding_attention"}
+"""Kinds of layers (`layer_types` of a configuration) that keep nothing from one sequence to the next."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +55,34 @@ def register() -> None:
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, packed_attention)
 
 
+def check_layers(config: Any) -> None:
+    """Raises DataError for a model with layers that would carry one packed sequence over into the next."""
+    strange = sorted({str(kind) for kind in getattr(config, "layer_types", None) or ()} - PACKABLE)
+    if strange:
+        raise DataError(
+            f"the policy has layers of type {', '.join(strange)}, which know no boundaries of packed sequences; "
+            'set layout = "padded"'
+        )
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,  # (1, H, T, D)
     key: Tensor,  # (1, K, T, D)
     value: Tensor,  # (1, K, T, D)
-    attention_mask: None,
+    attention_mask: Tensor | None,
     *,
     packing: Packing,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    softcap: float | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence; gives (1, T, H, D), as transformers' attention functions do."""
+    for what, given in (("attention sinks", s_aux), ("soft-capped attention", softcap), ("own masks", attention_mask)):
+        if given is not None:
+            raise DataError(f'the policy has {what}, which packed attention leaves out; set layout = "padded"')
     if sliding_window is not None and sliding_window < packing.longest:
         raise DataError(
             f"packed sequences of {packing.longest} tokens exceed the model's sliding window of {sliding_window}; "

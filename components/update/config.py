@@ -155,7 +155,8 @@ class UpdateSettings(Settings):
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
     layout: Literal["packed", "padded"] = "packed"
-    """`packed`: sequences one after another, no padding; `padded`: for models whose attention cannot be replaced."""
+    """`packed`: sequences one after another, no padding; `padded`: for models with other layers than full and
+    sliding attention, which `packed` refuses."""
     max_tokens_per_microbatch: Literal["auto"] | int = "auto"
     """Tokens of one forward and backward pass on one process; a longer sequence is a micro-batch of its own. `auto`:
     16,384 on GPU, 2,048 on CPU, where a larger one falls out of the cache."""

@@ -8,7 +8,7 @@ chunks, so a [tokens, vocabulary] matrix never exists.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,6 @@ class MicroBatch:
     """int64: local sequence of each completion token."""
     flat_N: np.ndarray
     """int64: number of each completion token in the batch's flat columns."""
-    num_cells: int
-    """Tokens computed, padding included."""
 
 
 def collate(batch: Batch, sequences: np.ndarray, *, padded: bool, device: torch.device) -> MicroBatch:
@@ -70,7 +68,7 @@ def collate(batch: Batch, sequences: np.ndarray, *, padded: bool, device: torch.
         packing=None if padded else Packing.of(lengths_B, device),
         select_N=tensor(_ranges(starts_B + prompts_B - 1, completions_B)),
         targets_N=tensor(batch.completion_ids[flat_N]),
-        sequence_N=tensor(np.repeat(np.arange(len(sequences)), completions_B)), flat_N=flat_N, num_cells=num_cells,
+        sequence_N=tensor(np.repeat(np.arange(len(sequences)), completions_B)), flat_N=flat_N,
     )  # fmt: skip
 
 
@@ -79,7 +77,7 @@ def _idle(batch: Batch, *, padded: bool, device: torch.device) -> MicroBatch:
     token = torch.full((1, 1), int(batch.prompt_ids[0]), dtype=torch.int64, device=device)
     packing = None if padded else Packing.of(np.array([1]), device)
     empty = np.zeros(0, dtype=np.int64)
-    return MicroBatch(empty, token, torch.zeros_like(token), packing, nothing, nothing, nothing, empty, 1)
+    return MicroBatch(empty, token, torch.zeros_like(token), packing, nothing, nothing, nothing, empty)
 
 
 def _inputs(batch: Batch, sequence: int) -> np.ndarray:
@@ -154,7 +152,7 @@ def load_policy(directory: Path, *, dtype: torch.dtype, padded: bool, checkpoint
 
     disable_progress_bar()
     attention.register()
-    implementation = "sdpa" if padded else attention.IMPLEMENTATION
+    implementation = None if padded else attention.IMPLEMENTATION  # None: the fastest the model itself can do
     try:
         policy = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, attn_implementation=implementation, use_safetensors=True, local_files_only=True
@@ -164,6 +162,8 @@ def load_policy(directory: Path, *, dtype: torch.dtype, padded: bool, checkpoint
     for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(policy.config, name, None) not in (None, 1.0):
             raise DataError(f"models with {name} are not supported: their logits are more than one matrix product")
+    if not padded:
+        attention.check_layers(policy.config)
     if checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return policy
@@ -187,3 +187,38 @@ def scoring(model: nn.Module) -> Iterator[Callable[..., tuple[Tensor, Tensor, Te
             yield model
     finally:
         model.train(was_training)
+
+
+PROBE_LENGTHS = np.array([6, 8])
+"""Tokens of the two sequences that packing is checked on: short, so that the check costs next to nothing."""
+PROBE_TOLERANCE = {torch.float32: 1e-3}
+"""Mean difference of log-probabilities, nats, that rounding may make; 0.1 for types of half precision."""
+
+
+def check_packing(model: nn.Module, batch: Batch, device: torch.device) -> None:
+    """Scores two short sequences packed, and each alone by the model's own plain attention; every rank calls.
+
+    Raises:
+        DataError: the two disagree, so something in the model looks across the boundaries of packed sequences.
+    """
+    ends = np.cumsum(PROBE_LENGTHS)
+    tokens = np.resize(np.concatenate([batch.prompt_ids[: ends[-1]], batch.completion_ids[: ends[-1]]]), ends[-1])
+    probe = replace(
+        batch, prompt_ids=tokens[[0, ends[0]]], prompt_offsets=np.arange(3),
+        completion_ids=np.delete(tokens, [0, ends[0]]), completion_offsets=np.array([0, ends[0] - 1, ends[1] - 2]),
+        scored_lengths=PROBE_LENGTHS - 1,
+    )  # fmt: skip
+    transformer = [module for module in model.modules() if hasattr(module, "set_attn_implementation")]
+    with scoring(model) as score:
+        packed_N = score(collate(probe, np.arange(2), padded=False, device=device), 1.0)[1]
+        for module in transformer:
+            module.set_attn_implementation(attention.PLAIN)
+        alone = [score(collate(probe, np.array([row]), padded=True, device=device), 1.0)[1] for row in range(2)]
+        for module in transformer:
+            module.set_attn_implementation(attention.IMPLEMENTATION)
+    difference = (packed_N - torch.cat(alone)).abs().mean().item()
+    if difference > PROBE_TOLERANCE.get(next(model.parameters()).dtype, 0.1):
+        raise DataError(
+            f"packed sequences get log-probabilities {difference:.2g} nats from those of each alone: the policy has "
+            'layers that look across their boundaries; set layout = "padded"'
+        )

@@ -22,7 +22,7 @@ from components.update.job import Job, Result
 from components.update.kl import kl_estimate, penalised_rewards
 from components.update.losses import BatchTotals, sequence_weights
 from components.update.metrics import Meter, speed_figures
-from components.update.model import MicroBatch, ScoringModel, collate, load_policy, scoring, trainable
+from components.update.model import MicroBatch, ScoringModel, check_packing, collate, load_policy, scoring, trainable
 from components.update.objective import Columns, Objective, Tokens
 from components.update.weighting import add_advantages
 
@@ -52,6 +52,8 @@ class Trainer:
         if self.settings.beta > 0 and not self.job.adapter_off_is_reference:
             self.columns.reference = self._reference_logprobs()
         engine = self._engine()
+        if not self.padded:
+            check_packing(engine.engine, self.batch, self.device)
         self._score_before(engine)
         steps = self._plan()
         ready = time.monotonic()

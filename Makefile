@@ -40,7 +40,7 @@ images: ## Build the images: make images REGISTRY=registry.example/team TAG=v1
 kind-up: ## A kind cluster with Kubeflow, storage, MLflow, Trainer and simulated GPUs
 	k8s/kind/up.sh
 
-kind-test: ## The arithmetic recipe on that cluster
+kind-test: $(VENV)/.installed ## The arithmetic recipe on that cluster
 	k8s/kind/test.sh
 
 kind-down: ## Remove the cluster

@@ -36,6 +36,7 @@ def parse(argument: str) -> tuple[str, str]:
 def write(path: Path, references: dict[str, str]) -> dict[str, str]:
     """Merge references into the file and return its content."""
     merged = (json.loads(path.read_text()) if path.exists() else {}) | references
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(dict(sorted(merged.items())), indent=2) + "\n")
     os.replace(temporary, path)

@@ -2,26 +2,31 @@
 #
 # BUILD_BASE has the compiler (and nvcc, for CUDA operations); BASE is what runs. Both hold the same torch.
 # A CPU image, for kind:  BASE and BUILD_BASE = a Debian with python3, python3-venv and, to build, a C++ compiler;
-# TORCH="torch==2.13.0+cpu", TORCH_INDEX=the index of torch's CPU builds, OPS="DS_BUILD_SHM_COMM=1", ACCELERATOR=cpu.
+# TORCH="torch==2.13.0", TORCH_BACKEND=cpu, OPS="DS_BUILD_SHM_COMM=1", ACCELERATOR=cpu.
 ARG BASE=docker.io/pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime
 ARG BUILD_BASE=docker.io/pytorch/pytorch:2.13.0-cuda13.0-cudnn9-devel
 
 FROM ${BUILD_BASE} AS build
 ARG TORCH=""
-ARG TORCH_INDEX=""
+# A backend that uv knows (cpu, cu130): it finds torch's builds for that. Blank: pip, from where pip is configured to look.
+ARG TORCH_BACKEND=""
 ARG OPS="DS_BUILD_FUSED_ADAM=1 DS_BUILD_CPU_ADAM=1 DS_BUILD_UTILS=1"
 ARG ACCELERATOR=cuda
 # Hopper, Ada and Ampere; every further architecture adds minutes.
 ARG CUDA_ARCHITECTURES="8.0;8.9;9.0"
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 COPY requirements/update.txt /build/requirements.txt
+COPY requirements/tools.txt /build/tools.txt
 COPY images/prune.py images/check.py /build/
 # The environment sees the base's torch; it gets its own only where the base has none.
 RUN python3 -m venv --system-site-packages /opt/venv \
- && /opt/venv/bin/python -m pip install setuptools==84.2.1 wheel ninja \
- && if [ -n "${TORCH}" ]; then \
-      /opt/venv/bin/python -m pip install --no-compile ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} "${TORCH}"; \
+ && /opt/venv/bin/python -m pip install --no-deps -r /build/tools.txt \
+ && if [ -n "${TORCH}" ] && [ -n "${TORCH_BACKEND}" ]; then \
+      VIRTUAL_ENV=/opt/venv /opt/venv/bin/uv pip install --torch-backend "${TORCH_BACKEND}" "${TORCH}"; \
+    elif [ -n "${TORCH}" ]; then \
+      /opt/venv/bin/python -m pip install --no-compile "${TORCH}"; \
     fi \
+ && /opt/venv/bin/python -m pip uninstall --yes uv \
  && grep -v '^deepspeed==' /build/requirements.txt > /build/others.txt \
  && /opt/venv/bin/python -m pip install --no-compile --no-deps -r /build/others.txt
 RUN grep '^deepspeed==' /build/requirements.txt > /build/deepspeed.txt \

@@ -5,7 +5,7 @@
 #
 #   BUILDER=docker|buildah|podman   default: docker where its daemon answers, else buildah, else podman
 #   PUSH=0                          keep the images here; the lock file then holds tags, not digests
-#   ARGS_update="BASE=... TORCH=torch==2.13.0+cpu"   build arguments of one image, ARGS_cpu and so on
+#   ARGS_update="BASE=... TORCH=torch==2.13.0 TORCH_BACKEND=cpu"   build arguments of one image, ARGS_cpu and so on
 #   BUILD_FLAGS="--isolation chroot"                 further flags of the builder
 #   LOCK=images/lock.json
 set -euo pipefail

@@ -9,7 +9,7 @@ settings "$name"
 "$python" - "$name" <<'PYTHON'
 import sys
 from components.common.store import open_store
-from components.publish.champion import read
+from components.common.champion import read
 champion = read(open_store("s3://mlpipeline/grpo-kind/store?endpoint=http://localhost:9000&region=us-east-1"), sys.argv[1])
 assert champion is not None, f"{sys.argv[1]} has no champion"
 print("champion:", champion)

@@ -8,7 +8,7 @@ settings "$name" iterations=4 update.nodes=2
 trainjobs() { k get trainjobs --namespace "$runs_namespace" --output name; }
 started() { [[ -n $(trainjobs) ]]; }
 eventually 900 started || fail "no TrainJob in 15 minutes: $(stage_pods)"
-run=$(runs_named "$name" | head -n 1 | jq --raw-output .run_id)
+run=$(runs_of "$name" | jq --slurp --raw-output '.[0].run_id')
 "$grpo" cancel "$run"
 nothing_left() { [[ -z $(stage_pods) && -z $(trainjobs) ]]; }
 # The janitor comes every two minutes in this overlay.

@@ -38,8 +38,14 @@ settings() {
 
 kfp() { curl --silent --show-error --fail --max-time 30 "$GRPO_HOST/apis/v2beta1/$1"; }
 
-# Runs whose name holds a text, newest first, one JSON object a line.
-runs_named() { kfp 'runs?page_size=100&sort_by=created_at%20desc' | jq --compact-output ".runs[]? | select(.display_name | contains(\"$1\"))"; }
+# Runs of a fine-tune, newest first, one JSON object a line. By experiment: a schedule names its runs as it likes.
+runs_of() {
+  local experiment
+  experiment=$(kfp 'experiments?page_size=200' |
+    jq --raw-output --arg name "grpo-$1" '.experiments[]? | select(.display_name == $name).experiment_id')
+  [[ -z $experiment ]] ||
+    kfp "runs?page_size=100&sort_by=created_at%20desc&experiment_id=$experiment" | jq --compact-output '.runs[]?'
+}
 
 stage_pods() {
   k get pods --namespace "$runs_namespace" --selector app.kubernetes.io/part-of=grpo-pipeline,app.kubernetes.io/component \

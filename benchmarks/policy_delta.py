@@ -89,7 +89,7 @@ def measure(base: Path, new: Path, folder: Path) -> list[str]:
     digests = {"base_digest": file_digest(base), "new_digest": file_digest(new)}
     report = delta.encode(base, new, folder / "patch", **digests)
     assert report
-    delta.decode(base, [folder / "patch"], folder / "again", base_digest=digests["base_digest"])
+    delta.decode(base, [folder / "patch"], folder / "again", **digests)
     assert (folder / "again").read_bytes() == new.read_bytes()
     old_bytes, new_bytes = memoryview(base.read_bytes()), memoryview(new.read_bytes())
     blocks = cut_blocks(Layout.read(new))

@@ -135,7 +135,7 @@ def fetch(
             f"--file: no {', '.join(sorted(unknown))} in it; it has {', '.join(sorted(manifest.names))}"
         )
     started = time.monotonic()
-    artifacts.fetch(opened, manifest, folder, names)
+    artifacts.fetch(opened, manifest, folder, names, own=True)
     size = sum(file.size for file in manifest.files if not names or file.name in names)
     typer.echo(f"{folder}: {human(size)} in {time.monotonic() - started:.1f} s, verified")
 

@@ -33,6 +33,6 @@ def export_report(run_dir: Path) -> Report:
     if not keys:
         raise ArtifactNotFound(f"{run.fine_tune}/{run.name} has no evaluation yet; `grpo show` tells how far it is")
     manifest = Manifest.parse(store.get_bytes(max(keys)), where=max(keys))
-    artifacts.fetch(store, manifest, run_dir, [name for name in NAMES if name in manifest.names])
+    artifacts.fetch(store, manifest, run_dir, [name for name in NAMES if name in manifest.names], own=True)
     summary = run_dir / "summary.md"
     return Report(run_dir / "report.html", summary.read_text() if summary.exists() else "")

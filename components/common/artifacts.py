@@ -89,12 +89,14 @@ def fetch(
     directory: Path,
     names: Collection[str] | None = None,
     *,
+    own: bool = False,
     cache: NodeCache | None = None,
 ) -> Path:
     """Brings an artifact's files (or only `names`) into `directory` and checks each against its digest.
 
-    From a remote store they come through the node's cache, as read-only links into it; what this node fetched before,
-    or the full copy a patched file starts from, is not sent again.
+    From a remote store they come through the node's cache, as read-only links into it that are good while this process
+    lives; what this node fetched before, or the full copy a patched file starts from, is not sent again. With `own`
+    they are copies, for whoever keeps them.
 
     Raises:
         ArtifactNotFound: a blob is gone.
@@ -103,18 +105,18 @@ def fetch(
     if cache is None and not isinstance(store, FileStore):
         cache = node_cache()
     wanted = [file for file in manifest.files if names is None or file.name in names]
-    in_parallel(FILES_AT_ONCE, lambda file: _bring(store, file, directory / file.name, cache), wanted)
+    in_parallel(FILES_AT_ONCE, lambda file: _bring(store, file, directory / file.name, cache, own), wanted)
     return directory
 
 
-def _bring(store: Store, file: File, target: Path, cache: NodeCache | None) -> None:
+def _bring(store: Store, file: File, target: Path, cache: NodeCache | None, own: bool) -> None:
     with disk_errors(f"write {target}"):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.part")
         temporary.unlink(missing_ok=True)
     try:
         if cache:
-            cache.place(file.digest, file.size, lambda path: materialise(store, file, path, cache), temporary)
+            cache.place(file.digest, file.size, lambda path: materialise(store, file, path, cache), temporary, own=own)
         else:
             materialise(store, file, temporary, None)
         os.replace(temporary, target)

@@ -5,9 +5,10 @@
     locks/<hex>          held while a blob is looked for or fetched: of many who want it, one fetches
     eviction             held while room is made
 
-A fetched file is a hard link into the cache, or a symbolic link where it lies on another file system. What is in use
-is never evicted: a hard link shows in the link count, a symbolic one by a shared lock its process holds to its end.
-The kernel drops locks with their process, so a killed pod leaves nothing locked.
+A fetched file is a hard link into the cache, or a symbolic link where it lies on another file system, or a copy for
+who keeps it beyond this process. What is in use is never evicted: a hard link shows in the link count, a symbolic one
+by a shared lock its process holds to its end. The kernel drops locks with their process, so a killed pod leaves nothing
+locked.
 """
 
 import errno
@@ -22,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.common.errors import SettingsError, StoreError
+from components.common.errors import DigestMismatch, SettingsError, StoreError
 from components.common.integrity import blob_key
 from components.common.manifest import file_digest
 from components.common.store import disk_errors
@@ -75,7 +76,7 @@ class NodeCache:
 
     def __init__(self, root: Path, max_bytes: int) -> None:
         self.root, self.max_bytes = root.absolute(), max_bytes
-        self._leases: list[int] = []
+        self._leases: dict[Path, int] = {}
         self._mutex = threading.Lock()
         for name in ("blake3", "incoming", "locks"):
             with disk_errors(f"make the cache {self.root / name} (set {FOLDER_VARIABLE} to another folder, or to off)"):
@@ -90,28 +91,39 @@ class NodeCache:
         return self.path(digest).exists()
 
     def get(self, digest: str, size: int, make: Callable[[Path], None]) -> Path | None:
-        """The blob, from the cache or else from `make(path)`; it stays until this process ends.
+        """The blob, from the cache or else from `make(path)`, which checks what it writes; it stays until this process
+        ends.
 
         None: it does not fit beside what is in use.
         """
         path = self.path(digest)
         with self._locked(self.root / "locks" / path.name):
             if not self._take(path, digest):
-                if not self._bring(path, digest, size, make):
+                if not self._bring(path, size, make):
                     return None
-                if not self._take(path, digest):  # evicted between these two lines, or the disk lies
+                if not self._take(path, None):  # evicted between these two lines
                     return None
             os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
         return path
 
-    def place(self, digest: str, size: int, make: Callable[[Path], None], target: Path) -> None:
-        """Puts the blob at `target` without copying it; past the cache when it does not fit there."""
+    def place(self, digest: str, size: int, make: Callable[[Path], None], target: Path, *, own: bool = False) -> None:
+        """Puts the blob at `target` without copying it, or with `own` as a copy that owes the cache nothing; past the
+        cache when it does not fit there.
+
+        Raises:
+            DigestMismatch: the copy is not what was copied.
+        """
         found = self.get(digest, size, make)
         if found is None:
             make(target)
             return
         with disk_errors(f"write {target}"):
             target.unlink(missing_ok=True)
+            if own:
+                shutil.copyfile(found, target)
+                if (got := file_digest(target)) != digest:
+                    raise DigestMismatch(f"{target}: the copy of {digest} has {got}; check this disk")
+                return
             try:
                 os.link(found, target)
             except OSError as error:
@@ -122,7 +134,7 @@ class NodeCache:
     def release(self) -> None:
         """Lets go of what this process uses."""
         with self._mutex:
-            for handle in self._leases:
+            for handle in self._leases.values():
                 os.close(handle)
             self._leases.clear()
 
@@ -137,14 +149,15 @@ class NodeCache:
             found.append(Entry(path, status.st_size, status.st_atime_ns))
         return sorted(found, key=lambda entry: entry.used)
 
-    def _take(self, path: Path, digest: str) -> bool:
-        """Leases a blob, then checks it: what is leased cannot be evicted meanwhile."""
+    def _take(self, path: Path, digest: str | None) -> bool:
+        """Leases a blob, then checks it: what is leased cannot be evicted meanwhile. No `digest`: it was checked as it
+        was written, just now."""
         try:
             handle = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return False
         fcntl.flock(handle, fcntl.LOCK_SH)
-        good = os.fstat(handle).st_nlink > 0 and file_digest(path) == digest
+        good = os.fstat(handle).st_nlink > 0 and digest in (None, file_digest(path))
         if not good:
             if path.exists():
                 log.warning("the cache held a changed %s; it is fetched again", path)
@@ -152,18 +165,19 @@ class NodeCache:
             os.close(handle)
             return False
         with self._mutex:
-            self._leases.append(handle)
+            before = self._leases.pop(path, None)
+            self._leases[path] = handle
+        if before is not None:
+            os.close(before)
         return True
 
-    def _bring(self, path: Path, digest: str, size: int, make: Callable[[Path], None]) -> bool:
+    def _bring(self, path: Path, size: int, make: Callable[[Path], None]) -> bool:
         temporary = self.root / "incoming" / f"{path.name}-{os.getpid()}-{threading.get_ident()}"
         handle = self._reserve(temporary, size)
         if handle is None:
             return False
         try:
             make(temporary)
-            got = file_digest(temporary)
-            assert got == digest, f"a blob was made with digest {got}, want {digest}"
             temporary.chmod(0o444)
             temporary.replace(path)
         finally:
@@ -208,7 +222,11 @@ class NodeCache:
     def _sweep(self) -> None:
         """Removes what writers left that died: their blobs at once, their folders of patches after a day."""
         for folder in (self.root / "incoming").glob(".patch-*"):
-            if time.time() - folder.stat().st_mtime > 86400:
+            try:
+                old = time.time() - folder.stat().st_mtime > 86400
+            except FileNotFoundError:  # its writer is done
+                continue
+            if old:
                 shutil.rmtree(folder, ignore_errors=True)
         for path in self._incoming():
             try:

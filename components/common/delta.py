@@ -97,9 +97,17 @@ def encode(
     except BaseException:
         patch.unlink(missing_ok=True)
         raise
-    elements = sum((stop - start) // width for start, stop, width in blocks)
     changed = sum(entry[0] for entry in entries if entry)
-    return Report(elements, changed, patch.stat().st_size)
+    return Report(_count(blocks), changed, patch.stat().st_size)
+
+
+def count_values(path: Path) -> int:
+    """Values in a safetensors file. Raises ArtifactError."""
+    return _count(cut_blocks(Layout.read(path)))
+
+
+def _count(blocks: Sequence[tuple[int, int, int]]) -> int:
+    return sum((stop - start) // width for start, stop, width in blocks)
 
 
 def open_patch(path: Path) -> Patch:
@@ -132,13 +140,16 @@ def open_patch(path: Path) -> Patch:
         raise ArtifactError(f"{path.name} is not a policy patch: {error}") from None
 
 
-def decode(base: Path, patches: Sequence[Path], target: Path, *, base_digest: str, threads: int = 0) -> str:
-    """Applies a chain of patches to `base` and writes the last result to `target`; gives its digest.
+def decode(
+    base: Path, patches: Sequence[Path], target: Path, *, base_digest: str, new_digest: str, threads: int = 0
+) -> None:
+    """Applies a chain of patches to `base` and writes the last result to `target`. What lies between two patches that
+    change the file's layout is written beside the first patch.
 
-    `base_digest` is what the caller knows the base to be.
+    `base_digest` is what the caller knows the base to be, `new_digest` what the result must be.
 
     Raises:
-        DigestMismatch: the base is not the one a patch was made for, or the result is not what the last one promises.
+        DigestMismatch: the base is not the one a patch was made for, or the result is not what it must be.
         ArtifactError: a patch cannot be read.
     """
     from components.common.manifest import file_digest
@@ -149,11 +160,13 @@ def decode(base: Path, patches: Sequence[Path], target: Path, *, base_digest: st
         if patch.base != have:
             raise DigestMismatch(f"{patch.path.name} applies to {patch.base}, not to {have}: fetch that base first")
         have = patch.result
+    if have != new_digest:
+        raise DigestMismatch(f"{chain[-1].path.name} makes {have}, want {new_digest}: the manifest names another patch")
     source = base
     parts = list(_passes(chain))
     try:
         for number, part in enumerate(parts):
-            place = target if part is parts[-1] else target.with_name(f"{target.name}.{number}")
+            place = target if part is parts[-1] else patches[0].with_name(f"pass-{number}")
             try:
                 _apply(source, part, place, threads)
             finally:
@@ -161,14 +174,13 @@ def decode(base: Path, patches: Sequence[Path], target: Path, *, base_digest: st
                     source.unlink()
             source = place
         got = file_digest(target)
-        if got != have:
+        if got != new_digest:
             raise DigestMismatch(
-                f"the patches of {target.name} made {got}, want {have}: the base or a patch was changed"
+                f"the patches of {target.name} made {got}, want {new_digest}: the base or a patch was changed"
             )
     except BaseException:
         target.unlink(missing_ok=True)
         raise
-    return got
 
 
 def _passes(chain: Sequence[Patch]) -> Iterator[list[Patch]]:

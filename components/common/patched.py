@@ -16,7 +16,7 @@ from components.common.integrity import blob_key
 from components.common.manifest import File, Manifest, Patch, PatchStep, file_digest, now
 from components.common.scheduling import in_parallel
 from components.common.settings import Settings
-from components.common.store import FileStore, Store
+from components.common.store import FileStore, Store, disk_errors
 
 SMALLEST = 64 << 10
 """Bytes below which a file is always stored whole."""
@@ -91,9 +91,13 @@ def _upload(
 ) -> _Uploaded:
     digest, size = file_digest(path), path.stat().st_size
     if base and base.digest == digest:
-        return _Uploaded(base, 0, delta.Report(elements=size, changed=0, size=0))
+        same = delta.Report(delta.count_values(path), changed=0, size=0) if name.endswith(".safetensors") else None
+        return _Uploaded(base, 0, same)
     if base and size >= SMALLEST and name.endswith(".safetensors"):
-        with tempfile.TemporaryDirectory(prefix=".patch-", dir=path.parent) as folder:
+        with (
+            disk_errors(f"write a patch of {path}"),
+            tempfile.TemporaryDirectory(prefix=".patch-", dir=path.parent) as folder,
+        ):
             patch = Path(folder) / "patch"
             report = _encode(base, base_path, path, digest, patch, settings)
             if report:
@@ -128,16 +132,20 @@ def _encode(
 
 
 def materialise(store: Store, file: File, path: Path, cache: NodeCache | None) -> None:
-    """Writes a file from its object, or from the newest of its versions at hand and the patches since; checks it."""
+    """Writes a file from its object, or from the newest of its versions at hand and the patches since; checks that it
+    has the file's digest."""
     if file.patch is None:
         store.get_file(file.key, path)
         return
     base, steps = _nearest(file, cache)
-    folder = Path(tempfile.mkdtemp(prefix=".patch-", dir=path.parent))
+    with disk_errors(f"write {path}"):
+        folder = Path(tempfile.mkdtemp(prefix=".patch-", dir=path.parent))
     try:
         patches = [folder / str(number) for number in range(len(steps))]
         in_parallel(4, lambda pair: store.get_file(pair[0].key, pair[1]), list(zip(steps, patches, strict=True)))
-        delta.decode(_base(store, base, folder, cache), patches, path, base_digest=base.digest)
+        start = _base(store, base, folder, cache)
+        with disk_errors(f"write {path}"):
+            delta.decode(start, patches, path, base_digest=base.digest, new_digest=file.digest)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

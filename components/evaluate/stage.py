@@ -206,6 +206,6 @@ def _hand_out(manifest: Manifest, targets: Mapping[str, Path]) -> None:
     for name, target in targets.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = folder / f".{name}-{manifest.digest[-12:]}"
-        fetch(open_store(manifest.store), manifest, scratch, [name])
+        fetch(open_store(manifest.store), manifest, scratch, [name], own=True)
         (scratch / name).replace(target)
         scratch.rmdir()

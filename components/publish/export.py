@@ -40,7 +40,7 @@ def export(policy: Manifest, export_dir: str | None) -> None:
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir(parents=True)
-    fetch(open_store(policy.store), policy, fresh)
+    fetch(open_store(policy.store), policy, fresh, own=True)
     (fresh / MARK).write_bytes(policy.dump())
     if folder.exists():
         folder.rename(old)

@@ -41,7 +41,7 @@ def run(settings: str, policy: Path, evaluation: Path, decision: Path, summary: 
     run_stage(stage, _publish)
     manifest = Manifest.load(decision)
     scratch = Path(summary).with_name(f".{Path(summary).name}-{manifest.digest[-12:]}")
-    fetch(open_store(manifest.store), manifest, scratch, [SUMMARY_FILE])
+    fetch(open_store(manifest.store), manifest, scratch, [SUMMARY_FILE], own=True)
     (scratch / SUMMARY_FILE).replace(summary)
     scratch.rmdir()
 

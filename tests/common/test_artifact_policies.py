@@ -1,7 +1,12 @@
 """Policies through the store and back: patches, chains, the node cache, and what is refused."""
 
 import json
+import os
+import shutil
+import tempfile
+import uuid
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +16,11 @@ import pytest
 from components.common import artifacts
 from components.common.cache import NodeCache
 from components.common.errors import ArtifactError, ArtifactNotFound, DigestMismatch
-from components.common.manifest import File, Manifest, Producer, file_digest
+from components.common.manifest import File, Manifest, Producer, content_digest, file_digest
 from components.common.patched import DeltaSettings, upload_policy
 from components.common.settings import RunContext
-from components.common.store import FileStore, Store
+from components.common.store import FileStore, Store, open_store
+from components.publish.export import export
 
 CONTEXT = RunContext(fine_tune="tune", run="run-0001", store="", seed=0, iterations=8)
 VALUES = 200_000
@@ -142,6 +148,39 @@ def test_a_patched_policy_has_the_digest_of_a_whole_one(tmp_path: Path) -> None:
     whole = Chain(FileStore(tmp_path / "b"), tmp_path / "two", DeltaSettings(enabled=False))
     assert patched.step().digest == whole.step().digest
     assert weights_of(patched.policies[1]).patch and weights_of(whole.policies[1]).patch is None
+
+
+def test_values_of_unchanged_files_count_as_unchanged(tmp_path: Path) -> None:
+    """Two weight files of 200,000 values; 2,000 of the first change: 2,000 of 400,000."""
+    chain = Chain(FileStore(tmp_path / "store"), tmp_path / "trained")
+    before, after = np.zeros(VALUES, np.uint16), np.zeros(VALUES, np.uint16)
+    after[::100] = 1
+    files = {}
+    for folder, weights in ((tmp_path / "before", before), (tmp_path / "after", after)):
+        first = save_policy(folder, weights)["model.safetensors"]
+        second = save_policy(folder / "other", before)["model.safetensors"].rename(folder / "second.safetensors")
+        files[folder.name] = {path.name: path for path in (first, second)}
+    chain.bytes.append(before)
+    base = chain._publish(files=files["before"])
+    _, figures = upload_policy(chain.store, files["after"], base, tmp_path / "before", DeltaSettings())
+    assert figures["artifact/changed_fraction"] == 2_000 / 400_000
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_patch_that_makes_another_file_than_the_manifest_says_is_refused(tmp_path: Path, cached: bool) -> None:
+    chain = Chain(FileStore(tmp_path / "store"), tmp_path / "trained")
+    honest = chain.step()
+    file = weights_of(honest)
+    assert file.patch
+    wrong = "blake3:" + "ab" * 32
+    step = file.patch.steps[0].model_copy(update={"result": wrong})
+    lie = file.model_copy(update={"digest": wrong, "patch": file.patch.model_copy(update={"steps": (step,)})})
+    altered = honest.model_copy(update={"files": (lie,), "digest": content_digest("policy", [lie])})
+    manifest = Manifest.parse(altered.dump(), where="outside")  # consistent in itself
+    cache = NodeCache(tmp_path / "cache", 2**30) if cached else None
+    with pytest.raises(DigestMismatch, match=f"want {wrong}"):
+        artifacts.fetch(chain.store, manifest, tmp_path / "fetched", cache=cache)
+    assert list((tmp_path / "fetched").iterdir()) == []
 
 
 @pytest.mark.parametrize("which", ["full copy", "patch"])
@@ -282,3 +321,83 @@ def test_only_the_names_asked_for_are_fetched(store: Store, tmp_path: Path) -> N
     artifacts.fetch(store, chain.policies[0], tmp_path / "fetched", ["config.json"])
     assert [path.name for path in (tmp_path / "fetched").iterdir()] == ["config.json"]
     assert file_digest(tmp_path / "fetched" / "config.json") == file_digest(tmp_path / "trained" / "0" / "config.json")
+
+
+# --- whoever keeps the files ------------------------------------------------------------------------------------------
+
+
+def no_links(folder: Path) -> None:
+    """The files are the folder's own: neither symbolic links nor names of files that lie elsewhere too."""
+    for path in folder.iterdir():
+        assert not path.is_symlink() and path.stat().st_nlink == 1, path
+
+
+@pytest.fixture(params=["same file system", "another"])
+def elsewhere(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A folder on the cache's file system, and one on another: a claim beside an emptyDir."""
+    if request.param == "same file system":
+        yield tmp_path / "kept"
+    elif not os.access("/dev/shm", os.W_OK):
+        pytest.skip("no second file system to copy to")
+    else:
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+            assert os.stat(name).st_dev != os.stat(tmp_path).st_dev
+            yield Path(name) / "kept"
+
+
+def test_an_exported_policy_outlives_the_cache(moto_endpoint: str, tmp_path: Path, elsewhere: Path) -> None:
+    store = open_store(f"s3://grpo/{uuid.uuid4().hex}?endpoint={moto_endpoint}")
+    chain = Chain(store, tmp_path / "trained")
+    policy = chain.step()  # stored as a patch
+    export(policy, str(elsewhere))
+    no_links(elsewhere)
+    shutil.rmtree(tmp_path / "node-cache")  # the pod and its emptyDir are gone
+    assert (elsewhere / "model.safetensors").read_bytes() == (tmp_path / "trained/1/model.safetensors").read_bytes()
+
+
+def test_fetched_by_hand_they_outlive_the_cache(moto_endpoint: str, tmp_path: Path, elsewhere: Path) -> None:
+    from typer.testing import CliRunner
+
+    from pipeline.cli_artifacts import app
+
+    store = open_store(f"s3://grpo/{uuid.uuid4().hex}?endpoint={moto_endpoint}")
+    Chain(store, tmp_path / "trained")
+    done = CliRunner().invoke(app, ["fetch", "tune/run-0001/0000/policy", str(elsewhere), "--store", store.url])
+    assert done.exit_code == 0, done.output
+    no_links(elsewhere)
+    shutil.rmtree(tmp_path / "node-cache")
+    assert (elsewhere / "model.safetensors").read_bytes() == (tmp_path / "trained/0/model.safetensors").read_bytes()
+    (elsewhere / "config.json").write_text("its owner may write to it")
+
+
+def test_a_file_is_hashed_once_on_its_way_and_once_a_later_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, cache = Counting(tmp_path / "store"), NodeCache(tmp_path / "cache", 2**30)
+    chain = Chain(store, tmp_path / "trained")
+    second = chain.step()
+    hashed: list[int] = []
+
+    def counted(path: Path) -> str:
+        hashed.append(path.stat().st_size)
+        return file_digest(path)
+
+    monkeypatch.setattr("components.common.manifest.file_digest", counted)
+    monkeypatch.setattr("components.common.cache.file_digest", counted)
+    size = weights_of(second).size
+    artifacts.fetch(store, chain.policies[0], tmp_path / "out", ["model.safetensors"], cache=cache)
+    assert hashed.count(size) == 1  # as it arrived
+    hashed.clear()
+    artifacts.fetch(store, second, tmp_path / "out", ["model.safetensors"], cache=cache)
+    assert hashed.count(size) == 2  # the cached base, and what the patch made of it
+    hashed.clear()
+    artifacts.fetch(store, second, tmp_path / "out", ["model.safetensors"], cache=cache)
+    assert hashed.count(size) == 1
+
+
+def test_a_second_fetch_holds_no_second_descriptor(tmp_path: Path) -> None:
+    store, cache = Counting(tmp_path / "store"), NodeCache(tmp_path / "cache", 2**30)
+    chain = Chain(store, tmp_path / "trained")
+    chain.check(0, tmp_path / "out", cache)
+    held = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        chain.check(0, tmp_path / "out", cache)
+    assert len(os.listdir("/proc/self/fd")) == held

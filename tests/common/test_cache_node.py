@@ -7,12 +7,16 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from blake3 import blake3
 
+from components.common import delta
 from components.common.cache import NodeCache, node_cache
 from components.common.errors import SettingsError, StoreError
+from components.common.manifest import file_digest
+from tests.common.test_delta_codec import write
 
 KIB = 1024
 
@@ -184,6 +188,59 @@ def test_a_killed_writer_leaves_nothing_locked_and_nothing_half(tmp_path: Path) 
     assert not cache.has(digest_of(data))
     put(cache, data)
     assert os.listdir(tmp_path / "incoming") == []
+
+
+def test_a_folder_of_patches_that_its_writer_removes_meanwhile_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another pod lists `incoming`, then this one's fetch ends, and only then the other looks at the folder."""
+    cache = NodeCache(tmp_path, 2**20)
+    (tmp_path / "incoming" / ".patch-done").mkdir()
+    (tmp_path / "incoming" / ".patch-dead").mkdir()
+    os.utime(tmp_path / "incoming" / ".patch-dead", (0, 0))
+    real = Path.glob
+
+    def listed(self: Path, pattern: str) -> list[Path]:
+        found = sorted(real(self, pattern), reverse=True)
+        (tmp_path / "incoming" / ".patch-done").rmdir()
+        return found
+
+    monkeypatch.setattr(Path, "glob", listed)
+    cache._sweep()
+    assert os.listdir(tmp_path / "incoming") == []
+
+
+def test_making_room_leaves_a_chain_alone_that_is_being_applied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A patch that changes the file's layout needs a file in between; it must lie where no other pod sweeps."""
+    files = [
+        write(tmp_path / "a", {"w": ("BF16", [1000], bytes(2000))}),
+        write(tmp_path / "b", {"w": ("BF16", [1000], b"\1" * 2000)}),
+        write(tmp_path / "c", {"w": ("BF16", [1000], b"\2" * 2000), "v": ("BF16", [10], bytes(20))}),
+    ]
+    digests = [file_digest(file) for file in files]
+    for number in (0, 1):
+        delta.encode(
+            files[number], files[number + 1], tmp_path / f"patch{number}",
+            base_digest=digests[number], new_digest=digests[number + 1],
+        )  # fmt: skip
+    cache, applied, real = NodeCache(tmp_path / "cache", 2**20), [], delta._apply
+
+    def apply(*arguments: Any) -> None:
+        real(*arguments)
+        applied.append(1)
+        NodeCache(tmp_path / "cache", 2**20)._sweep()
+
+    monkeypatch.setattr(delta, "_apply", apply)
+
+    def make(path: Path) -> None:
+        patches = [tmp_path / "patch0", tmp_path / "patch1"]
+        delta.decode(files[0], patches, path, base_digest=digests[0], new_digest=digests[2])
+
+    found = cache.get(digests[2], files[2].stat().st_size, make)
+    assert found and found.read_bytes() == files[2].read_bytes()
+    assert len(applied) == 2
 
 
 def test_a_failed_fetch_leaves_nothing_behind(tmp_path: Path) -> None:

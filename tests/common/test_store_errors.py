@@ -17,6 +17,7 @@ import pytest
 from components.common import artifacts
 from components.common.errors import AlreadyPublished, StoreError
 from components.common.manifest import Producer
+from components.common.patched import DeltaSettings, upload_policy
 from components.common.s3_store import S3Store
 from components.common.settings import RunContext
 from components.common.store import FileStore, Store, open_store
@@ -84,6 +85,38 @@ def test_a_full_disk_under_a_fetch_leaves_nothing(small_disk: Path, tmp_path: Pa
         files={"large": tmp_path / "large"}, producer=Producer(stage="s", key="k", settings_digest="", code_version=""),
     )  # fmt: skip
     with pytest.raises(StoreError, match="No space left on device"):
+        artifacts.fetch(store, made, small_disk / "fetched")
+    assert os.listdir(small_disk / "fetched") == []
+
+
+def test_a_full_disk_under_a_patch_and_what_it_makes(small_disk: Path, tmp_path: Path) -> None:
+    """Half of all values changed at random: a patch of about 6.5 MB of a policy of 8 MB."""
+    from tests.common.test_artifact_policies import CONTEXT, producer
+    from tests.common.test_delta_codec import policy_pair
+
+    store = FileStore(tmp_path / "store")
+    files = {}
+    for part, path in zip(("base", "new"), policy_pair(tmp_path, count=4_000_000, share=0.5), strict=True):
+        (tmp_path / part[0]).mkdir()
+        files[part] = path.rename(tmp_path / part[0] / "model.safetensors")
+    base = artifacts.publish(
+        store, CONTEXT, name="policy", kind="policy", files={"model.safetensors": files["base"]}, producer=producer("b")
+    )
+    uploaded, _ = upload_policy(
+        store, {"model.safetensors": files["new"]}, base, tmp_path / "b", DeltaSettings(max_share=1)
+    )
+    assert uploaded[0].patch
+    (small_disk / "n").mkdir()
+    os.symlink(files["new"], small_disk / "n" / "model.safetensors")
+    with pytest.raises(StoreError, match=r"cannot write a patch of .*: No space left on device; free space there"):
+        new = {"model.safetensors": small_disk / "n" / "model.safetensors"}
+        (small_disk / "filler").write_bytes(bytes(3 * MIB + MIB // 2))
+        upload_policy(store, new, base, tmp_path / "b", DeltaSettings(max_share=1))
+    (small_disk / "filler").unlink()
+    made = artifacts.publish(
+        store, CONTEXT, name="next", kind="policy", files={}, reuse=uploaded, producer=producer("n")
+    )
+    with pytest.raises(StoreError, match=r"cannot write .*: No space left on device; free space there"):
         artifacts.fetch(store, made, small_disk / "fetched")
     assert os.listdir(small_disk / "fetched") == []
 

@@ -71,7 +71,9 @@ HEADLINES = {
 
 def _headline(event: Mapping[str, Any]) -> dict[str, float]:
     metrics = event.get("metrics", {})
-    return {name: metrics[name] for name in HEADLINES.get(event["stage"], ()) if name in metrics}
+    shown = {name: metrics[name] for name in HEADLINES.get(event["stage"], ()) if name in metrics}
+    errors = {name: metrics[name] for name in ("reward/errors", "eval/reward/errors") if metrics.get(name)}
+    return shown | (errors if event["stage"] == "reward" else {})
 
 
 def _clock(seconds: float) -> str:

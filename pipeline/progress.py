@@ -18,6 +18,8 @@ COLUMNS = (
     ("loss", "loss", "{:+.4f}"),
 )
 """Heading, metric, format: what is shown of an iteration."""
+ERRORS = ("errors", "reward/errors", "{:.0f}")
+"""Shown when reward functions failed on a completion."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,10 @@ def iteration_records(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def iteration_table(records: list[dict[str, Any]], *, tail: int | None = None) -> Table:
     """The iterations as a table; only the last `tail` when given."""
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    for heading in ("iteration", *(heading for heading, _, _ in COLUMNS), "seconds"):
+    columns = [*COLUMNS, ERRORS] if any(record.get(ERRORS[1]) for record in records) else COLUMNS
+    for heading in ("iteration", *(heading for heading, _, _ in columns), "seconds"):
         table.add_column(heading, justify="right")
     for record in records[-tail:] if tail else records:
-        cells = [form.format(record[name]) if name in record else "" for _, name, form in COLUMNS]
+        cells = [form.format(record[name]) if name in record else "" for _, name, form in columns]
         table.add_row(str(record["iteration"]), *cells, f"{record['seconds']:.0f}")
     return table

@@ -178,7 +178,7 @@ def settings_of(client: Any, run: Any) -> PipelineSettings:
     """
     from components.common.settings import validate
     from components.configure.config import RunSettings
-    from components.configure.form import form_fields, merge, nest
+    from components.configure.form import form_fields, overlay
 
     reference = run.pipeline_version_reference
     version = call(
@@ -188,10 +188,10 @@ def settings_of(client: Any, run: Any) -> PipelineSettings:
     base = json.loads(_constant(tasks, "configure", "settings", run.run_id))
     dotted = {field.name: field.dotted for field in form_fields(RunSettings)}
     given = (run.runtime_config.parameters or {}) if run.runtime_config else {}
-    changes = nest({dotted[name]: value for name, value in given.items() if name in dotted}, RunSettings)
+    values = overlay(base, {dotted[name]: value for name, value in given.items() if name in dotted}, RunSettings)
     if "submit-next" in tasks:
-        changes["iterations"] = base["iterations"] + int(_constant(tasks, "submit-next", "remaining", run.run_id))
-    return validate(PipelineSettings, merge(base, changes), where=f"run {run.run_id}")
+        values["iterations"] += int(_constant(tasks, "submit-next", "remaining", run.run_id))
+    return validate(PipelineSettings, values, where=f"run {run.run_id}")
 
 
 def _tasks(spec: dict[str, Any]) -> dict[str, Any]:

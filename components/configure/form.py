@@ -4,6 +4,7 @@ A field `update.learning_rate` becomes the parameter `update_learning_rate`: the
 stage's stand together. What shapes the graph itself is fixed when it is compiled and has no parameter.
 """
 
+import copy
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -60,27 +61,44 @@ def form_fields(model: type[BaseModel]) -> Iterator[FormField]:
         yield FormField(path, kind, (field.description or "").strip(), optional, choices)
 
 
-def nest(values: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
-    """Form values (dotted name → value) as nested settings; blanks of optional fields become unset."""
-    optional = {field.dotted for field in form_fields(model) if field.optional}
-    nested: dict[str, Any] = {}
+def overlay(base: Mapping[str, Any], values: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """Nested settings `base` with form values (dotted name → value) laid over them.
+
+    A value that is the form's own default changes nothing; a blank unsets an optional field. KFP makes every number
+    inside a list or a dictionary a float: a whole one is an integer again, unless `base` has a float in its place.
+    """
+    fields = {field.dotted: field for field in form_fields(model)}
+    merged = copy.deepcopy(dict(base))
     for dotted, value in values.items():
+        field = fields.get(dotted)
+        if field and _is_default(field, value, base):
+            continue
         *sections, last = dotted.split(".")
-        place = nested
+        place = merged
         for section in sections:
             place = place.setdefault(section, {})
-        place[last] = None if dotted in optional and value in ("", None) else value
-    return nested
-
-
-def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings with `changes` laid over `base`."""
-    merged = dict(base)
-    for name, value in changes.items():
-        inner = merged.get(name)
-        both = isinstance(value, Mapping) and isinstance(inner, Mapping)
-        merged[name] = merge(inner, value) if both else value
+        blank = field is not None and field.optional and value in ("", None)
+        place[last] = None if blank else _whole(value, place.get(last))
     return merged
+
+
+def _is_default(field: FormField, value: Any, base: Mapping[str, Any]) -> bool:
+    try:
+        return field.default(base) == value
+    except KeyError:  # settings that leave this one out
+        return False
+
+
+def _whole(value: Any, present: Any) -> Any:
+    if isinstance(value, Mapping):
+        known = present if isinstance(present, Mapping) else {}
+        return {name: _whole(inner, known.get(name)) for name, inner in value.items()}
+    if isinstance(value, list):
+        known = [*present] if isinstance(present, list | tuple) else []
+        known += [None] * len(value)
+        return [_whole(inner, before) for inner, before in zip(value, known, strict=False)]
+    is_whole = isinstance(value, float) and value.is_integer() and not isinstance(present, float)
+    return int(value) if is_whole else value
 
 
 def _kfp_type(annotation: Any) -> type:

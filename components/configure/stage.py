@@ -11,7 +11,7 @@ from components.common.stage import Stage, run_stage
 from components.common.store import open_store
 from components.configure import start
 from components.configure.config import STAGE_SECTIONS, RunSettings
-from components.configure.form import merge, nest
+from components.configure.form import overlay
 
 log = logging.getLogger("grpo")
 
@@ -42,7 +42,7 @@ def run(
     *_settings: files that get each stage's settings as JSON; run_settings: all of the run's, resolved.
     """
     given = {section: value for section, value in json.loads(settings).items() if section != "cluster"}
-    resolved = validate(RunSettings, merge(given, nest(json.loads(parameters), RunSettings)))
+    resolved = validate(RunSettings, overlay(given, json.loads(parameters), RunSettings))
     name = (run or job_id).lower()
     store = open_store(resolved.store)
     begin = _find_start(resolved, store, name)

@@ -28,7 +28,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A panel. `form` is how values are written: `percent`, `number`, `seconds` or `tokens`."""
+    """A panel. `form` is how values are written: `percent`, `number`, `count`, `seconds` or `tokens`."""
 
     key: str
     title: str
@@ -53,6 +53,8 @@ def number(value: float, form: str = "number") -> str:
         return f"{value * 100:.1f}\u202f%"
     if form == "seconds":
         return duration(value)
+    if form == "count":
+        return f"{value:,.0f}"
     if form == "tokens":
         return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
     size = abs(value)

@@ -15,6 +15,7 @@
   const number = (value, form) => {
     if (form === "percent") return (value * 100).toFixed(1) + "\u202f%";
     if (form === "seconds") return duration(value);
+    if (form === "count") return Math.round(value).toLocaleString("en-US");
     if (form === "tokens") return value >= 100 ? Math.round(value).toLocaleString("en-US") : value.toFixed(1);
     const size = Math.abs(value);
     if (value === 0 || (size >= 0.001 && size < 1000)) return value.toFixed(size < 10 ? 3 : 1);

@@ -86,6 +86,9 @@ class RewardSettings(Settings):
     """Score a function gives a completion on which it raised, hung, crashed or returned no finite number."""
     max_lost_workers: int = Field(default=100, ge=1)
     """Hangs and crashes after which the stage gives up: so many are the function's fault, not the completions'."""
+    max_error_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of an iteration's completions that a function may fail on; on more, the stage fails with what was raised:
+    the function or its arguments are at fault, and nothing would be learnt. 1 lets every completion fail."""
     allow_network: bool = False
     """Let reward functions reach the network, for a judge inside the cluster; credentials stay out of reach."""
     read_paths: tuple[str, ...] = ()

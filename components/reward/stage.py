@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from components.common.errors import StageError
 from components.common.stage import Stage, run_stage
 from components.reward.config import RewardFunction, RewardSettings
 from components.reward.merge import Merged, in_order, merge, rollout_metadata, rollout_metrics
@@ -48,7 +49,7 @@ def _reward(stage: Stage[RewardSettings]) -> None:
     results = _score(stage, everything)
     functions = stage.settings.functions
     totals_N, columns, errors_N = combine(functions, results, everything)
-    _tell_errors(functions, results)
+    _check_errors(stage.settings, results, everything)
     files: dict[str, Path] = {}
     metrics = rollout_metrics(shards)
     start = 0
@@ -102,11 +103,25 @@ def combine(
     return totals_N, {f.title: values_FN[i] for i, f in enumerate(functions)}, errors_N
 
 
-def _tell_errors(functions: Sequence[RewardFunction], results: "Sequence[Scores]") -> None:
-    for function, result in zip(functions, results, strict=True):
-        if result.errors:
-            shown = list(dict.fromkeys(result.errors.values()))[:ERRORS_SHOWN]
-            log.warning("%s failed on %d completions: %s", function.title, len(result.errors), " | ".join(shown))
+def _check_errors(settings: RewardSettings, results: "Sequence[Scores]", table: "pa.Table") -> None:
+    """Tells which functions failed on how many completions.
+
+    Raises:
+        StageError: one failed on more than `max_error_share` of them.
+    """
+    num_asked = sum(reason != "error" for reason in table.column("finish_reason").to_pylist())
+    faults = []
+    for function, result in zip(settings.functions, results, strict=True):
+        if not result.errors:
+            continue
+        shown = list(dict.fromkeys(text for _, text in sorted(result.errors.items())))[:ERRORS_SHOWN]
+        failed = f"reward function {function.title} failed on {len(result.errors)} of {num_asked} completions"
+        log.warning("%s: %s", failed, " | ".join(shown))
+        if len(result.errors) > settings.max_error_share * num_asked:
+            faults.append(f"{failed}, first with {shown[0]}")
+    if faults:
+        limit = f"at most {settings.max_error_share:.0%} may fail"
+        raise StageError("\n".join([*faults, f"{limit}: mend the function, or raise reward.max_error_share"]))
 
 
 def _write(

@@ -10,6 +10,7 @@ import math
 import os
 import socket
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -57,7 +58,7 @@ def score(call: Callable[[Rows], Any], rows: Rows) -> dict[str, Any]:
         values = _checked(call(rows), count)
     except (Exception, SystemExit, KeyboardInterrupt) as error:  # a user's function may raise anything
         if count == 1:
-            return {"scores": [None], "errors": {"0": _describe(error)}}
+            return {"scores": [None], "errors": {"0": _describe(error) + _place(error)}}
     else:
         return _numbers(values)
     alone = [score(call, {name: [values[row]] for name, values in rows.items()}) for row in range(count)]
@@ -90,6 +91,17 @@ def _numbers(values: list[Any]) -> dict[str, Any]:
 
 def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:MAX_ERROR_LENGTH]
+
+
+def _place(error: BaseException) -> str:
+    """Where in the function's own file it was raised; nothing when the function did return."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_ours(frame.filename)]
+    own = [frame for frame in frames if frame.filename == frames[0].filename]
+    return f" ({os.path.basename(own[-1].filename)}, line {own[-1].lineno}, in {own[-1].name})" if own else ""
+
+
+def _is_ours(filename: str) -> bool:
+    return filename == __file__ or f"{os.sep}asyncio{os.sep}" in filename
 
 
 def _rows(batch: bytes) -> Rows:

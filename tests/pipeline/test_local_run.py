@@ -40,14 +40,15 @@ eval_group_size = 2
 
 [[reward.functions]]
 name = "./reward.py:digits"
+arguments = {{ length = 4 }}
 
 [update]
 learning_rate = 1e-3
 num_minibatches = 2
 """
 REWARD = """
-def digits(completions, **columns):
-    return [sum(c.isdigit() for c in text) / 4 for text in completions]
+def digits(completions, length, **columns):
+    return [sum(text[i : i + 1].isdigit() for i in range(length)) / length for text in completions]
 """
 
 

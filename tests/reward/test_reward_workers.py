@@ -15,7 +15,7 @@ from components.common.settings import dump_stage
 from components.reward import landlock
 from components.reward.config import RewardSettings
 
-QUICK = {"timeout_seconds": 1.5, "batch_timeout_seconds": 2.0}
+QUICK = {"max_error_share": 1.0, "timeout_seconds": 1.5, "batch_timeout_seconds": 2.0}
 
 MISBEHAVING = """
 import os, re, signal, sys, time
@@ -57,7 +57,7 @@ def test_each_completion_bears_its_own_fault(case, rows_of):
     assert {text: got[text] for text in ("a", "ab", "abc", "print", "bool", "none")} == {
         "a": (1, None), "ab": (2, None), "abc": (3, None), "print": (5, None), "bool": (1, None), "none": (None, None)
     }  # fmt: skip
-    errors = {text: error for text, (reward, error) in got.items() if error is not None}
+    errors = {text: error.partition(" (mine.py")[0] for text, (_, error) in got.items() if error is not None}
     assert all(got[text][0] == -1 for text in errors)
     expected = {
         "raise": "judge: RuntimeError: cannot read this",
@@ -72,6 +72,7 @@ def test_each_completion_bears_its_own_fault(case, rows_of):
         "segfault": "judge: its process died (signal SIGSEGV)",
     }
     assert errors == expected
+    assert got["raise"][1] == f"{expected['raise']} (mine.py, line 9, in score)"
     assert case.manifest.metrics["reward/errors"] == len(expected)
 
 
@@ -112,6 +113,38 @@ def test_what_a_function_returns_is_checked(function, reward, error, case, rows_
     name = case.write(ODD_RESULTS)
     rows = case.score(rows_of("p", ["ab", "ab"]), functions=[{"name": f"{name}:{function}"}], **QUICK)
     assert [(row["reward"], row["error"]) for row in rows] == [(reward, error)] * 2
+
+
+FAILS_ON_SOME = """
+def some(completions, **columns):
+    return [1 / (text != "bad") for text in completions]
+
+async def later(completions, **columns):
+    return some(completions)
+"""
+
+
+@pytest.mark.parametrize(("function", "line"), [("some", 3), ("later", 3)])
+def test_a_function_that_fails_on_most_completions_ends_the_stage(function, line, case, rows_of):
+    name = case.write(FAILS_ON_SOME)
+    chosen = {"functions": [{"name": f"{name}:{function}"}]}
+    case.score(rows_of("p", ["bad", "bad", "a", "b"]), **chosen)
+    assert case.manifest.metrics["reward/errors"] == 2
+    failed = f"reward function {function} failed on 3 of 4 completions"
+    first = rf"first with ZeroDivisionError: division by zero \(mine\.py, line {line}, in "
+    with pytest.raises(StageError, match=f"(?s){failed}, {first}.*at most 50% may fail.*reward.max_error_share"):
+        case.score(rows_of("p", ["bad", "bad", "bad", "b"]), **chosen)
+    case.score(rows_of("p", ["bad", "bad", "bad", "b"]), max_error_share=0.75, **chosen)
+    assert case.manifest.metrics["reward/errors"] == 3
+
+
+def test_completions_that_were_not_generated_are_nobodys_fault(case, rows_of):
+    name = case.write(FAILS_ON_SOME)
+    rows = rows_of("p", ["bad", "", "", "a"])
+    rows[1]["finish_reason"] = rows[2]["finish_reason"] = "error"
+    case.score(rows, functions=[{"name": f"{name}:some"}])
+    with pytest.raises(StageError, match="failed on 1 of 1 completions"):
+        case.score(rows[:3], functions=[{"name": f"{name}:some"}])
 
 
 def test_groups_stay_whole_in_a_batch(case, rows_of):
@@ -176,8 +209,9 @@ def test_a_function_sees_no_credentials_no_network_and_no_other_files(case, rows
         head = f"PORT = {server.getsockname()[1]}\nOUTSIDE = {str(outside)!r}\nPARENT = {os.getpid()}\n"
         name = case.write(head + PRYING)
         texts = ["variables", "parent", "network", "write", "read", "own", "kill", "run"]
-        rows = case.score(rows_of("p", texts), functions=[{"name": f"{name}:tell"}])
+        rows = case.score(rows_of("p", texts), functions=[{"name": f"{name}:tell"}], max_error_share=1)
     found = {row["completion"]: row["error"].removeprefix("tell: AssertionError: ") for row in rows}
+    found = {what: text.partition(" (mine.py")[0] for what, text in found.items()}
     assert found.pop("network") in ("PermissionError", "OSError", "ConnectionRefusedError")
     assert found.pop("kill") in ("PermissionError", "ProcessLookupError")
     assert found == {
@@ -307,7 +341,7 @@ def test_what_a_dishonest_function_answers_is_not_believed(case, rows_of):
         "            pass\n"
         "    return [1.0] * len(completions)\n"
     )
-    rows = case.score(rows_of("p", ["a", "b"]), functions=[{"name": f"{name}:forge"}])
+    rows = case.score(rows_of("p", ["a", "b"]), functions=[{"name": f"{name}:forge"}], max_error_share=1)
     assert {row["error"] for row in rows} == {"forge: its process answered out of turn"}
     assert math.isclose(sum(row["reward"] for row in rows), 0)
 

@@ -57,6 +57,8 @@ def form_fields(model: type[BaseModel]) -> Iterator[FormField]:
         if optional:
             annotation = next(part for part in get_args(annotation) if part is not type(None))
         choices = get_args(annotation) if get_origin(annotation) is Literal else ()
+        if choices and optional:
+            choices = ("", *choices)  # Kubeflow refuses a default that is not among the choices
         kind = str if optional else _kfp_type(annotation)
         yield FormField(path, kind, (field.description or "").strip(), optional, choices)
 

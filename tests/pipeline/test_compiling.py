@@ -11,7 +11,7 @@ import yaml
 from components.common.errors import SettingsError
 from components.common.settings import validate
 from components.configure.config import RunSettings
-from components.configure.form import form_fields, merge, nest
+from components.configure.form import form_fields, overlay
 from pipeline.compiling import LOADER, MAX_TASKS, compile_to, iterations_that_fit, task_count
 from pipeline.scaffold import write_start
 from pipeline.settings import PipelineSettings, load
@@ -126,7 +126,15 @@ def test_every_shipped_settings_file_compiles_and_the_form_gives_its_values_back
     parameters = ir["root"]["inputDefinitions"]["parameters"]
     form = {field.dotted: parameters[field.name]["defaultValue"] for field in form_fields(RunSettings)}
     values = given.model_dump(mode="json", exclude={"cluster"})
-    assert validate(RunSettings, merge(values, nest(form, RunSettings))) == validate(RunSettings, values)
+    assert validate(RunSettings, overlay(values, form, RunSettings)) == validate(RunSettings, values)
+
+
+def test_every_drop_down_offers_its_own_default(two_iterations):
+    parameters = two_iterations[0]["root"]["inputDefinitions"]["parameters"]
+    drop_downs = {name: parameter for name, parameter in parameters.items() if "literals" in parameter}
+    assert drop_downs["dataset_preset"]["literals"] == ["", "gsm8k", "math500"]
+    for name, parameter in drop_downs.items():
+        assert parameter["defaultValue"] in parameter["literals"], name
 
 
 def test_every_pod_has_requests_an_image_by_digest_and_is_not_root(two_iterations):

@@ -15,9 +15,6 @@ from pipeline.settings import PipelineSettings
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 """libyaml where PyYAML has it: ten times quicker on an IR of 20 iterations."""
-MAX_TASKS = 100
-"""Tasks of one run. A run's Workflow object grows by about 35 KB a task and etcd takes 1.5 MiB; Argo compresses the
-node status and offloads it where that is set up, so this is a budget, not a guarantee (docs/operations.md)."""
 
 
 def compile_to(settings: PipelineSettings, output: Path, *, remaining: int = 0) -> int:
@@ -33,11 +30,8 @@ def compile_to(settings: PipelineSettings, output: Path, *, remaining: int = 0) 
     from pipeline.graph import build
 
     tasks = task_count(settings) + bool(remaining)
-    if tasks > MAX_TASKS:
-        raise SettingsError(
-            f"iterations: {settings.iterations} make {tasks} tasks, one run holds {MAX_TASKS}; "
-            f"{iterations_that_fit(settings)} iterations fit; `grpo submit` makes a chain of runs of the rest"
-        )
+    if tasks > settings.cluster.max_tasks:
+        raise SettingsError(_too_many(settings, tasks))
     graph = build(settings, on_cluster=True, remaining=remaining)
     # KFP's own writer puts every default into a comment at the top as it is, and a line break there ends the comment.
     documents = [MessageToDict(graph.pipeline_spec), MessageToDict(graph.platform_spec)]
@@ -64,7 +58,18 @@ def task_count(settings: PipelineSettings) -> int:
 def iterations_that_fit(settings: PipelineSettings) -> int:
     """Most iterations one run of these settings holds."""
     each = tasks_per_iteration(settings)
-    return max(1, (MAX_TASKS - 4 - (each - 1)) // each)  # 4: configure, dataset, publish, submit next
+    return max(1, (settings.cluster.max_tasks - 4 - (each - 1)) // each)  # 4: configure, dataset, publish, submit next
+
+
+def _too_many(settings: PipelineSettings, tasks: int) -> str:
+    fit = iterations_that_fit(settings)
+    limit = f"{tasks} tasks, and cluster.max_tasks is {settings.cluster.max_tasks}"
+    if settings.iterations <= fit:
+        return f"shards: an iteration of {settings.shards} makes a run of {limit}; lower shards and give each more GPUs"
+    return (
+        f"iterations: {settings.iterations} make {limit}; {fit} iterations fit, set that, or use `grpo submit`, which "
+        "makes a chain of runs"
+    )
 
 
 def _add_choices(ir: dict[str, Any]) -> None:

@@ -126,6 +126,9 @@ class ClusterSettings(Settings):
     """Kueue LocalQueue the pods wait in."""
     service_account: str | None = None
     """Service account of the run; unset: Kubeflow's (`pipeline-runner` or `default-editor`)."""
+    max_tasks: int = Field(default=40, ge=11)
+    """Tasks of one run; a longer fine-tune is a chain of runs. A run is one object in etcd, which takes 1.5 MiB: about
+    35 KB a task, so 40 fit, 8 iterations of one shard."""
     prices: dict[str, float] = {}
     """Price of an hour of one GPU, by `gpu_type`, in any currency, for `grpo plan`: `{ nvidia-h100-80gb = 3.9 }`."""
     configure: StageResources = CPU_STAGE

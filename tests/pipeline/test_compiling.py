@@ -12,7 +12,7 @@ from components.common.errors import SettingsError
 from components.common.settings import validate
 from components.configure.config import RunSettings
 from components.configure.form import form_fields, overlay
-from pipeline.compiling import LOADER, MAX_TASKS, compile_to, iterations_that_fit, task_count
+from pipeline.compiling import LOADER, compile_to, iterations_that_fit, task_count
 from pipeline.scaffold import write_start
 from pipeline.settings import PipelineSettings, load
 from pipeline.submitting import split
@@ -179,11 +179,26 @@ def test_a_schedule_ends_early_when_the_data_has_not_changed(tmp_path):
 
 
 def test_too_many_tasks_are_refused_with_the_number_that_fits(tmp_path):
-    fit = iterations_that_fit(settings())
-    assert task_count(settings(iterations=fit)) <= MAX_TASKS < task_count(settings(iterations=fit + 1))
-    with pytest.raises(SettingsError, match=f"{fit} iterations fit"):
-        compile_to(settings(iterations=fit + 1), tmp_path / "pipeline.yaml")
+    """2 before, 4 an iteration, 3 for the last evaluation, publish: 38 for 8 iterations, 42 for 9."""
+    assert iterations_that_fit(settings()) == 8 and task_count(settings(iterations=8)) == 38
+    with pytest.raises(SettingsError, match=r"9 make 42 tasks, and cluster.max_tasks is 40; 8 iterations fit"):
+        compile_to(settings(iterations=9), tmp_path / "pipeline.yaml")
     assert not (tmp_path / "pipeline.yaml").exists()
+    more = VALUES["cluster"] | {"max_tasks": 44}
+    assert iterations_that_fit(settings(cluster=more)) == 9
+    assert compile_to(settings(iterations=9, cluster=more), tmp_path / "pipeline.yaml") == 42
+
+
+def test_the_default_budget_fits_into_etcd():
+    """About 35 KB a task, 1.5 MiB for the object."""
+    assert settings().cluster.max_tasks * 35e3 < 1.5 * 2**20
+
+
+def test_shards_that_no_run_holds_are_refused_by_name(tmp_path):
+    """2 + (15 + 1 + 3) + (15 + 1 + 2) + 1 = 40 tasks for 15 shards, 42 for 16."""
+    assert task_count(settings(shards=15, iterations=1)) == 40
+    with pytest.raises(SettingsError, match=r"^shards: an iteration of 16 makes a run of 42 tasks.*lower shards"):
+        compile_to(settings(shards=16, iterations=1), tmp_path / "pipeline.yaml")
 
 
 def test_a_stage_without_an_image_is_refused_with_the_way_out(tmp_path, monkeypatch):

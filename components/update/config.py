@@ -12,6 +12,7 @@ AUTOMATIC_TOKENS = {"cuda": 16_384, "cpu": 2_048}
 they take in one micro-batch of 16,384."""
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+CorrectionMode = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
 class LoraSettings(Settings):
@@ -91,8 +92,9 @@ class UpdateSettings(Settings):
     """Multiply the KL estimate in the loss by the probability ratio, which makes its gradient unbiased off-policy."""
     reference_every: int = Field(default=0, ge=0)
     """The reference becomes the present policy every so many iterations; 0: it stays the fine-tune's start policy."""
-    correction: Literal["none", "token_truncate", "token_mask", "sequence_mask"] = "token_truncate"
-    """Importance weight for the sampler's log-probabilities differing from the trainer's."""
+    correction: CorrectionMode = "token_truncate"
+    """Importance weight for the sampler's log-probabilities differing from the trainer's: of a token or of a whole
+    completion, held at the cap or masked above it."""
     correction_cap: float = Field(default=2.0, gt=1)
     """Highest importance weight: truncated there, or masked above it."""
     correction_floor: float | None = Field(default=None, gt=0, lt=1)

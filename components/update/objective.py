@@ -75,7 +75,7 @@ class Objective:
         low, high = DEFAULT_CLIP[settings.loss_type]
         self.epsilon_low = low if settings.epsilon_low is None else settings.epsilon_low
         self.epsilon_high = high if settings.epsilon_high is None else settings.epsilon_high
-        by_sequence = settings.correction == "sequence_mask" and not has_old
+        by_sequence = settings.correction.startswith("sequence_") and not has_old
         self.each_token_alone = settings.loss_type != "gspo" and not by_sequence
         """Whether a token's loss needs no other token of its sequence; then gradients come with the forward pass."""
 

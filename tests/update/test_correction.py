@@ -27,6 +27,8 @@ def correction(mode, ratios=RATIOS, **options):
         ("token_truncate", {"cap": 1.5, "floor": 0.7}, [0.7, 1.5, 1, 1.5, 1.5]),
         ("token_mask", {"cap": 3.0}, [0.5, 0, 1, 2, 2]),
         ("token_mask", {"cap": 3.0, "floor": 0.6}, [0, 0, 1, 2, 2]),
+        ("sequence_truncate", {"cap": 3.0}, [2, 2, 2, 3, 3]),
+        ("sequence_truncate", {"cap": 5.0, "floor": 3.0}, [3, 3, 3, 4, 4]),
         ("sequence_mask", {"cap": 3.0}, [2, 2, 2, 0, 0]),
         ("sequence_mask", {"cap": 5.0, "floor": 3.0}, [0, 0, 0, 4, 4]),
     ],
@@ -49,7 +51,7 @@ def test_hand_worked_metrics():
     assert by_sequence.ratio.tolist() == pytest.approx([2.0, 0.0])
 
 
-@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_mask"])
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
 def test_equals_a_loop(mode):
     draw = random.Random(4)
     lengths = [3, 0, 7, 1]
@@ -59,8 +61,8 @@ def test_equals_a_loop(mode):
     for ours, theirs in zip(trainer, behaviour, strict=True):
         product = math.prod(math.exp(a - b) for a, b in zip(ours, theirs, strict=True))
         for a, b in zip(ours, theirs, strict=True):
-            ratio = product if mode == "sequence_mask" else math.exp(a - b)
-            if mode == "token_truncate":
+            ratio = product if mode.startswith("sequence") else math.exp(a - b)
+            if mode.endswith("truncate"):
                 expected.append(min(max(ratio, 0.4), 1.8))
             else:
                 expected.append(ratio if 0.4 <= ratio <= 1.8 else 0.0)
@@ -71,7 +73,7 @@ def test_equals_a_loop(mode):
     assert len(set(expected)) > 2
 
 
-@pytest.mark.parametrize("mode", ["none", "token_truncate", "token_mask", "sequence_mask"])
+@pytest.mark.parametrize("mode", ["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
 def test_unknown_and_broken_behaviour_logprobs(mode):
     """NaN is no mismatch, infinities are held, nothing is differentiated, an empty batch has no metrics."""
     trainer = torch.tensor([-1.0, -1.0, -1.0], requires_grad=True)
@@ -84,5 +86,5 @@ def test_unknown_and_broken_behaviour_logprobs(mode):
 
 
 def test_unknown_mode_is_refused():
-    with pytest.raises(ValueError, match="token_truncate, token_mask, sequence_mask"):
+    with pytest.raises(ValueError, match="token_truncate, token_mask, sequence_truncate, sequence_mask"):
         correction("clip")

@@ -57,7 +57,7 @@ def test_the_same_weights(baseline, name):
         torch.testing.assert_close(after[state_name], state, rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("correction", ["token_truncate", "sequence_mask"])
+@pytest.mark.parametrize("correction", ["token_truncate", "sequence_truncate", "sequence_mask"])
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_sequence_may_lie_in_two_chunks_of_the_head(baseline, monkeypatch, correction, steps):
     """At a large vocabulary the head works on a few hundred tokens at a time; here on 64 of 78."""

@@ -1,16 +1,20 @@
 """The answer a completion gives, as text two completions can be compared by: what a majority vote counts.
 
-Conventions, the first that applies: the first group of `pattern`; the last `\\boxed{...}`; the text after the last
-`####`; the last number; the whole text.
-Left out: mathematical equivalence (`1/2` and `0.5` are two answers here). Whether an answer is *right* is the reward's
-word.
+Conventions, the first that applies: the first group of `pattern`; what follows the last `####`; the last `\\boxed{...}`;
+the last number; the whole text. Numbers are found as the reward `numeric_match` finds them, and equal ones are one
+answer (`1/2` and `0.5`).
+Left out: equality of other expressions (`2x` and `x+x` are two answers here). Whether an answer is *right* is the
+reward's word.
 """
 
+import decimal
 import re
-from decimal import Decimal, InvalidOperation
+from fractions import Fraction
 
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
-_BOXED = "\\boxed{"
+from components.common.numbers import HASHES, find_number, last_boxed, lone_number
+
+DECIMAL_DIGITS = 50
+"""A number of more digits than a decimal of this length holds is written as a fraction."""
 
 
 def extract_answer(text: str, pattern: re.Pattern[str] | None = None) -> str:
@@ -19,35 +23,33 @@ def extract_answer(text: str, pattern: re.Pattern[str] | None = None) -> str:
         matches = list(pattern.finditer(text))
         if matches:
             return _normal((matches[-1].group(1) or "") if pattern.groups else matches[-1].group())
-    boxed = _last_boxed(text)
+    if HASHES in text:
+        line = text.rpartition(HASHES)[2].strip().partition("\n")[0]
+        return _written(find_number(text, "hash"), line)
+    boxed = last_boxed(text)
     if boxed is not None:
         return _normal(boxed)
-    if "####" in text:
-        return _normal(text.rsplit("####", 1)[1].strip().split("\n", 1)[0])
-    numbers = _NUMBER.findall(text)
-    return _normal(numbers[-1] if numbers else text)
-
-
-def _last_boxed(text: str) -> str | None:
-    """Content of the last complete `\\boxed{...}`, its braces balanced."""
-    start = text.rfind(_BOXED)
-    if start < 0:
-        return None
-    depth = 1
-    for position in range(start + len(_BOXED), len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return text[start + len(_BOXED) : position]
-    return None
+    return _written(find_number(text, "last"), text)
 
 
 def _normal(answer: str) -> str:
-    answer = answer.strip().strip("$").strip().rstrip(".").strip()
-    plain = answer.replace(",", "")
-    if _NUMBER.fullmatch(plain) and len(plain) < 100:
+    return _written(lone_number(answer), answer)
+
+
+def _written(number: Fraction | None, text: str) -> str:
+    if number is not None:
         try:
-            number = Decimal(plain)
-        except InvalidOperation:  # model text is untrusted; what is no number stays text
-            return answer
-        return format(number.normalize() + 0, "f")
-    return " ".join(answer.lower().split())
+            return _decimal(number)
+        except ValueError:  # too many digits for Python to write down: no number anyone meant
+            pass
+    return " ".join(text.strip().strip("$").strip().rstrip(".").lower().split())
+
+
+def _decimal(number: Fraction) -> str:
+    """`1200.5`; a number that no decimal is stays a fraction, `1/3`."""
+    with decimal.localcontext(prec=DECIMAL_DIGITS) as context:
+        context.traps[decimal.Inexact] = True
+        try:
+            return format((decimal.Decimal(number.numerator) / number.denominator).normalize(), "f")
+        except decimal.Inexact:
+            return str(number)

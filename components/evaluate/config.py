@@ -19,7 +19,7 @@ class EvaluateSettings(Settings):
     """An answer is right when that reward is at least this; a sample without a reward is wrong."""
     answer_pattern: str | None = None
     """Regular expression whose first group is the answer a majority vote counts (its last match in a completion);
-    unset: the last `\\boxed{}`, else what follows `####`, else the last number, else the whole text."""
+    unset: what follows `####`, else the last `\\boxed{}`, else the last number, else the whole text."""
     bootstrap_samples: int = Field(default=2000, ge=100, le=100_000)
     """Resamples of the prompts behind each 95 % interval."""
     table_rows: int = Field(default=240, ge=0, le=2000)

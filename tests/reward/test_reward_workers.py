@@ -305,7 +305,7 @@ def test_a_function_of_a_package(case, rows_of):
     )
     assert [row["rewards/packaged"] for row in rows] == [1, 0]
     with pytest.raises(DataError, match=r"numbers does not define find_numbr; did you mean find_number"):
-        case.score(rows_of("p", ["a"]), functions=[{"name": "components.reward.functions.numbers:find_numbr"}])
+        case.score(rows_of("p", ["a"]), functions=[{"name": "components.common.numbers:find_numbr"}])
 
 
 def test_trls_own_reward_functions_take_messages(case, rows_of):

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from components.reward.functions.numbers import Convention, find_number
+from components.common.numbers import Convention, find_number
 
 
 def exact_match(

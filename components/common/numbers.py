@@ -14,6 +14,7 @@ NUMBER = re.compile(
     r"(?P<exponent>[eE][-+]?\d+)?"
     r"(?:/(?P<denominator>\d+))?"
 )
+UNIT = re.compile(r"(?:\s|\\[,;!% ]|[%°$.]|\\(?:text|mathrm|mbox)\{[^{}]*\}|(?<=\s)[A-Za-z]+)*")
 HASHES = "####"
 MAX_EXPONENT_LENGTH = 4
 """Characters; a longer exponent would be worked out to as many digits as it says."""
@@ -35,6 +36,16 @@ def find_number(text: str, convention: Convention = "auto") -> Fraction | None:
         inside = last_boxed(text)
         return None if inside is None else _last(inside)
     return _last(text)
+
+
+def lone_number(text: str) -> Fraction | None:
+    r"""The number that `text` is, whatever stands before `=` and a unit behind it aside; None when it is more.
+
+    `x = 1,200 \text{ km}` is 1200, `$5.` is 5; `\frac{1}{2}`, `2x` and `3 or 4` are more than a number.
+    """
+    plain = _plain(text).rpartition("=")[2].strip().removesuffix("$").strip()
+    match = NUMBER.match(plain) or NUMBER.match(plain.removeprefix("$").strip())
+    return _value(match) if match and UNIT.fullmatch(match.string, match.end()) else None
 
 
 def last_boxed(text: str) -> str | None:

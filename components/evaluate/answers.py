@@ -1,8 +1,8 @@
 """The answer a completion gives, as text two completions can be compared by: what a majority vote counts.
 
-Conventions, the first that applies: the first group of `pattern`; what follows the last `####`; the last `\\boxed{...}`;
-the last number; the whole text. Numbers are found as the reward `numeric_match` finds them, and equal ones are one
-answer (`1/2` and `0.5`).
+Conventions, the first that applies: the first group of `pattern`; what follows the last `####`; the last
+`\\boxed{...}`; the last number; the whole text. Numbers are found as the reward `numeric_match` finds them, and equal
+ones are one answer (`1/2` and `0.5`).
 Left out: equality of other expressions (`2x` and `x+x` are two answers here). Whether an answer is *right* is the
 reward's word.
 """

@@ -4,10 +4,10 @@ from fractions import Fraction
 
 import pytest
 
+from components.common.numbers import find_number, last_boxed
 from components.reward.functions.equivalence import math_verify
 from components.reward.functions.formats import regex_format, think_format
 from components.reward.functions.matching import exact_match, numeric_match
-from components.common.numbers import find_number, last_boxed
 from components.reward.functions.penalties import length_penalty, repetition_penalty, soft_overlong
 
 

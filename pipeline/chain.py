@@ -9,18 +9,18 @@ from kfp import dsl
 
 
 @dsl.component(base_image="grpo-pipeline/cpu-python", install_kfp_package=False)
-def submit_next(settings: str, cluster: str, remaining: int, decision: dsl.Input[dsl.Artifact]):
+def submit_next(settings: str, cluster: str, remaining: int, run: str, job_id: str, decision: dsl.Input[dsl.Artifact]):
     """Submits the run that goes on from this one's checkpoint."""
     from pipeline.chain import go_on
 
-    go_on(settings, cluster, remaining)
+    go_on(settings, cluster, remaining, run or job_id)
 
 
-def go_on(settings: str, cluster: str, remaining: int) -> str:
-    """Starts the next run of the chain with what remains; gives its id.
+def go_on(settings: str, cluster: str, remaining: int, run: str) -> str:
+    """Starts the next run of the chain with what remains; gives its id. Done again, it starts no second one.
 
     settings: this run's settings as configure resolved them, as JSON. cluster: the `[cluster]` section as JSON, images
-    included. remaining: iterations still to do.
+    included. remaining: iterations still to do. run: name of this run.
 
     Raises:
         ClusterError: the pod may not submit; `k8s/base` has the Role it needs.
@@ -31,10 +31,11 @@ def go_on(settings: str, cluster: str, remaining: int) -> str:
     from pipeline.settings import PipelineSettings
     from pipeline.submitting import start, upload
 
-    values = json.loads(settings) | {"cluster": json.loads(cluster), "iterations": remaining, "start_from": "latest"}
+    start_here = {"start_from": "latest", "start_run": run.lower()}  # as configure writes it
+    values = json.loads(settings) | start_here | {"cluster": json.loads(cluster), "iterations": remaining}
     following = validate(PipelineSettings, values, where="next run")
     client = connect()
-    submitted = start(client, following, upload(client, following))
+    submitted = start(client, following, upload(client, following), f"{following.fine_tune}-after-{run.lower()}")
     print(f"{remaining} iterations remain: submitted {submitted.name} {submitted.url}")
     return submitted.run_id
 

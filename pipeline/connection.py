@@ -1,12 +1,19 @@
 """Reaching Kubeflow Pipelines: a host with a token or cookie, from inside the cluster, or through the kubeconfig."""
 
+import functools
+import io
 import warnings
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
-from components.common.kube import ClusterError, call, explain, status_of
+from components.common.kube import ClusterError, call, explain, make_once, status_of
 
-__all__ = ["ClusterError", "Connection", "call", "explain", "multi_user", "status_of"]
+__all__ = ["ClusterError", "Connection", "call", "explain", "make_once", "multi_user", "status_of"]
+
+KUBEFLOW = "kubeflow"
+"""Namespace of Kubeflow Pipelines itself; the runs' may be another."""
 
 
 @dataclass(frozen=True)
@@ -15,6 +22,7 @@ class Connection:
 
     host: str | None = None
     namespace: str | None = None
+    """Of the runs."""
     token: str | None = None
     cookie: str | None = None
     ca_cert: str | None = None
@@ -31,7 +39,7 @@ class Connection:
         try:
             client = _client_class()(
                 host=self.host, existing_token=self.token, cookies=self.cookie, ssl_ca_cert=self.ca_cert,
-                namespace=self.namespace or "kubeflow", credentials=self._in_cluster_token(),
+                namespace=KUBEFLOW, credentials=self._in_cluster_token(),
             )  # fmt: skip
         except ConfigException:
             raise ClusterError(
@@ -58,12 +66,26 @@ def _client_class() -> Any:
     import kfp
 
     class Client(kfp.Client):
-        """Asks the server for its mode once; the SDK's own asks five times with pauses, whatever the answer was."""
+        """Prints nothing by itself, and asks the server for its mode once.
+
+        The SDK's own prints a line an upload, and asks five times with pauses, whatever the answer was.
+        """
 
         def get_kfp_healthz(self, sleep_duration: int = 5) -> Any:
             return call("ask the server for its mode", self._healthz_api.healthz_service_get_healthz)
 
+    for name in ("upload_pipeline", "upload_pipeline_version", "create_experiment", "run_pipeline"):
+        setattr(Client, name, _silent(getattr(kfp.Client, name)))
     return Client
+
+
+def _silent(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def quiet(*arguments: Any, **options: Any) -> Any:
+        with redirect_stdout(io.StringIO()):
+            return method(*arguments, **options)
+
+    return quiet
 
 
 def multi_user(client: Any) -> bool:

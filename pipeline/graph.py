@@ -165,6 +165,8 @@ class _Graph:
             settings=self.begin.outputs["run_settings"],
             cluster=self.settings.cluster.model_dump_json(),
             remaining=self.remaining,
+            run=self.run,
+            job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
             decision=decision,
         )
         self._name(task, "publish", display_name="submit next")

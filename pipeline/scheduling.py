@@ -7,9 +7,9 @@ from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from components.common.errors import SettingsError
-from pipeline.connection import ClusterError, call
+from pipeline.connection import ClusterError, call, make_once
 from pipeline.settings import PipelineSettings
-from pipeline.submitting import Uploaded, check_for_cluster, pages, pipeline_name, split, upload
+from pipeline.submitting import Uploaded, check_at_rest, check_for_cluster, named, pages, pipeline_name, split, upload
 
 FIELD = r"(\*|\d+(-\d+)?(,\d+(-\d+)?)*)(/\d+)?"
 BOUNDS = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))
@@ -74,39 +74,59 @@ def schedule(client: Any, settings: PipelineSettings, cron: str, timezone: str |
 
     Raises:
         SettingsError: the cron, local paths, or more iterations than one run holds.
-        ClusterError: refused, or this fine-tune has a schedule already.
+        ClusterError: refused, or this fine-tune has a schedule already, or a run that goes on.
     """
     fields = six_fields(cron, timezone)
     check_for_cluster(settings)
     if split(settings)[1]:
         raise SettingsError(f"iterations: a scheduled run is one run; lower them to {split(settings)[0].iterations}")
-    present = [found for found in schedules(client) if found.name == pipeline_name(settings.fine_tune)]
-    if present:
-        raise ClusterError(
-            f"fine-tune {settings.fine_tune} recurs already ({present[0].cron}); end that with `grpo unschedule "
-            f"{settings.fine_tune}` first"
-        )
+    check_not_recurring(client, settings.fine_tune, disabled_too=True)
+    check_at_rest(client, settings.fine_tune)
     recurring = settings.model_copy(update={"start_from": "champion", "skip_unchanged_data": True})
-    made = call("make the schedule", _create, client, recurring, upload(client, recurring), fields)
+    made = _create(client, recurring, upload(client, recurring), fields)
     return Schedule(made.recurring_run_id, made.display_name, fields, True)
 
 
+def check_not_recurring(client: Any, fine_tune: str, *, disabled_too: bool = False) -> None:
+    """Refuses what a firing could meet: each starts from the champion and may move it.
+
+    Raises:
+        ClusterError: this fine-tune has a schedule; the message says how to end it.
+    """
+    present = [found for found in schedules(client) if found.name == pipeline_name(fine_tune)]
+    present = [found for found in present if found.enabled or disabled_too]
+    if present:
+        raise ClusterError(
+            f"fine-tune {fine_tune} recurs already ({present[0].cron}); end that with `grpo unschedule {fine_tune}` "
+            f"first, or use another name: --set fine_tune={fine_tune}-2"
+        )
+
+
 def _create(client: Any, settings: PipelineSettings, to: Uploaded, fields: str) -> Any:
-    return client.create_recurring_run(
-        to.experiment_id,
-        pipeline_name(settings.fine_tune),
-        cron_expression=fields,
-        max_concurrency=1,
-        no_catchup=True,
-        pipeline_id=to.pipeline_id,
-        version_id=to.version_id,
-        service_account=settings.cluster.service_account,
+    name = pipeline_name(settings.fine_tune)
+    return make_once(
+        "make the schedule",
+        lambda: client.create_recurring_run(
+            to.experiment_id,
+            name,
+            cron_expression=fields,
+            max_concurrency=1,
+            no_catchup=True,
+            pipeline_id=to.pipeline_id,
+            version_id=to.version_id,
+            service_account=settings.cluster.service_account,
+        ),
+        lambda: named(client.list_recurring_runs, "recurring_runs", name, **_here(client)),
     )
+
+
+def _here(client: Any) -> dict[str, Any]:
+    return {"namespace": client.get_user_namespace() or None}
 
 
 def schedules(client: Any) -> list[Schedule]:
     """All recurring fine-tunes."""
-    found = pages(client.list_recurring_runs, "recurring_runs", namespace=client.get_user_namespace() or None)
+    found = pages(client.list_recurring_runs, "recurring_runs", **_here(client))
     return [
         Schedule(
             run.recurring_run_id,

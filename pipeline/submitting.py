@@ -11,7 +11,7 @@ from typing import Any
 
 from components.common.errors import SettingsError
 from pipeline.compiling import compile_to, iterations_that_fit
-from pipeline.connection import ClusterError, call, status_of
+from pipeline.connection import ClusterError, call, make_once
 from pipeline.settings import PipelineSettings
 
 TERMINAL = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
@@ -85,11 +85,12 @@ def upload(client: Any, settings: PipelineSettings) -> Uploaded:
         path = Path(folder) / "pipeline.yaml"
         compile_to(first, path, remaining=remaining)
         version = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-        pipeline_id = call("look up the pipeline", client.get_pipeline_id, name)
-        if pipeline_id is None:
-            described = f"GRPO fine-tune {settings.fine_tune} of {settings.model}"
-            made = call("upload the pipeline", client.upload_pipeline, str(path), name, described)
-            pipeline_id = made.pipeline_id
+        described = f"GRPO fine-tune {settings.fine_tune} of {settings.model}"
+        pipeline_id = make_once(
+            "upload the pipeline",
+            lambda: client.upload_pipeline(str(path), name, described).pipeline_id,
+            lambda: call("look up the pipeline", client.get_pipeline_id, name),
+        )
         version_id = _version(client, pipeline_id, version, path)
     experiment = call(
         "make the experiment", client.create_experiment, name, namespace=client.get_user_namespace() or None
@@ -98,15 +99,11 @@ def upload(client: Any, settings: PipelineSettings) -> Uploaded:
 
 
 def _version(client: Any, pipeline_id: str, name: str, path: Path) -> str:
-    for found in pages(client.list_pipeline_versions, "pipeline_versions", pipeline_id=pipeline_id):
-        if found.display_name == name:
-            return found.pipeline_version_id
-    try:
-        made = call("upload the version", client.upload_pipeline_version, str(path), name, pipeline_id=pipeline_id)
-    except ClusterError as error:
-        if status_of(error) != 409:
-            raise
-        return _version(client, pipeline_id, name, path)  # another submit was quicker with the very same graph
+    made = make_once(
+        "upload the version",
+        lambda: client.upload_pipeline_version(str(path), name, pipeline_id=pipeline_id),
+        lambda: named(client.list_pipeline_versions, "pipeline_versions", name, pipeline_id=pipeline_id),
+    )
     return made.pipeline_version_id
 
 
@@ -114,38 +111,59 @@ def pages(request: Any, attribute: str, **options: Any) -> Iterator[Any]:
     """Every item of a listing, page by page."""
     token = ""
     while True:
-        page = call("list", request, page_token=token, page_size=PAGE_SIZE, **options)
+        page = call(
+            f"list the {attribute.replace('_', ' ')}", request, page_token=token, page_size=PAGE_SIZE, **options
+        )
         yield from getattr(page, attribute) or []
         token = page.next_page_token
         if not token:
             return
 
 
-def submit(client: Any, settings: PipelineSettings, *, parameters: dict[str, Any] | None = None) -> Submitted:
+def named(request: Any, attribute: str, name: str, **options: Any) -> Any:
+    """The item of a listing that has this name; None when there is none."""
+    return next((found for found in pages(request, attribute, **options) if found.display_name == name), None)
+
+
+def submit(client: Any, settings: PipelineSettings) -> Submitted:
     """Starts a run of a fine-tune.
 
     Raises:
-        ClusterError: refused, or a run of this fine-tune goes on; the message names it and the way out.
+        ClusterError: refused, or this fine-tune has a run going on or recurs; the message says which and the way out.
         SettingsError: local paths, or a stage without an image.
     """
+    from pipeline.scheduling import check_not_recurring
+
     check_for_cluster(settings)
-    going_on = [run for run in runs(client, settings.fine_tune) if run.state not in TERMINAL]
+    check_at_rest(client, settings.fine_tune)
+    check_not_recurring(client, settings.fine_tune)
+    name = f"{settings.fine_tune}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    return start(client, settings, upload(client, settings), name)
+
+
+def check_at_rest(client: Any, fine_tune: str) -> None:
+    """Refuses a second run beside one that goes on: both would move the champion.
+
+    Raises:
+        ClusterError: a run of this fine-tune goes on; the message names it and the way out.
+    """
+    going_on = [run for run in runs(client, fine_tune) if run.state not in TERMINAL]
     if going_on:
         raise ClusterError(
-            f"fine-tune {settings.fine_tune} has run {going_on[0].display_name} going on; wait for it, stop it with "
-            f"`grpo cancel {going_on[0].run_id}`, or use another name: --set fine_tune={settings.fine_tune}-2"
+            f"fine-tune {fine_tune} has run {going_on[0].display_name} going on; wait for it, stop it with "
+            f"`grpo cancel {going_on[0].run_id}`, or use another name: --set fine_tune={fine_tune}-2"
         )
-    return start(client, settings, upload(client, settings), parameters=parameters)
 
 
-def start(
-    client: Any, settings: PipelineSettings, to: Uploaded, *, parameters: dict[str, Any] | None = None
-) -> Submitted:
-    """Starts a run of an uploaded version."""
-    name = f"{settings.fine_tune}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    run = call(
-        "start the run", client.run_pipeline, to.experiment_id, name, params=parameters or {},
-        pipeline_id=to.pipeline_id, version_id=to.version_id, service_account=settings.cluster.service_account,
+def start(client: Any, settings: PipelineSettings, to: Uploaded, name: str) -> Submitted:
+    """Starts a run of an uploaded version; one of this name that is there already is taken for it."""
+    run = make_once(
+        "start the run",
+        lambda: client.run_pipeline(
+            to.experiment_id, name, params={}, pipeline_id=to.pipeline_id, version_id=to.version_id,
+            service_account=settings.cluster.service_account,
+        ),
+        lambda: named(client.list_runs, "runs", name, experiment_id=to.experiment_id),
     )  # fmt: skip
     return Submitted(run.run_id, name, link(client, run.run_id))
 
@@ -187,11 +205,20 @@ def settings_of(client: Any, run: Any) -> PipelineSettings:
     tasks = _tasks(version.pipeline_spec)
     base = json.loads(_constant(tasks, "configure", "settings", run.run_id))
     dotted = {field.name: field.dotted for field in form_fields(RunSettings)}
-    given = (run.runtime_config.parameters or {}) if run.runtime_config else {}
-    values = overlay(base, {dotted[name]: value for name, value in given.items() if name in dotted}, RunSettings)
+    values = overlay(base, {dotted[name]: value for name, value in _given(run).items() if name in dotted}, RunSettings)
     if "submit-next" in tasks:
         values["iterations"] += int(_constant(tasks, "submit-next", "remaining", run.run_id))
     return validate(PipelineSettings, values, where=f"run {run.run_id}")
+
+
+def name_in_store(run: Any) -> str:
+    """What configure calls a run: the form's `run`, or its id."""
+    return (_given(run).get("run") or run.run_id).lower()
+
+
+def _given(run: Any) -> dict[str, Any]:
+    """Values of the form that a run was started with."""
+    return (run.runtime_config.parameters if run.runtime_config else None) or {}
 
 
 def _tasks(spec: dict[str, Any]) -> dict[str, Any]:
@@ -221,9 +248,10 @@ def resumed(client: Any, fine_tune: str) -> PipelineSettings:
     if not found:
         raise ClusterError(f"fine-tune {fine_tune} has no run to go on with; `grpo submit FILE` starts one")
     settings = settings_of(client, found[0])
-    policies = policy_iterations(open_store(settings.store), fine_tune, found[0].run_id)
+    run = name_in_store(found[0])
+    policies = policy_iterations(open_store(settings.store), fine_tune, run)
     remaining = settings.iterations - (max(policies) - min(policies) if policies else 0)
     if remaining < 1:
         raise SettingsError(f"fine-tune {fine_tune} has had its {settings.iterations} iterations: submit the file anew")
-    start_from = "latest" if policies else settings.start_from
-    return settings.model_copy(update={"start_from": start_from, "iterations": remaining})
+    start = {"start_from": "latest", "start_run": run} if policies else {}
+    return settings.model_copy(update={**start, "iterations": remaining})

@@ -43,6 +43,21 @@ def call(what: str, request: Callable[..., T], *arguments: Any, **options: Any) 
     raise AssertionError("unreachable")
 
 
+def make_once(what: str, make: Callable[[], T], find: Callable[[], T | None]) -> T:
+    """Makes what must not be there twice; `find` looks for it before each attempt, since an answer can be lost.
+
+    Raises:
+        ClusterError: as `call`.
+    """
+    try:
+        return call(what, lambda: find() or make())
+    except ClusterError as error:
+        found = find() if status_of(error) == 409 else None  # another was quicker
+        if found is None:
+            raise
+        return found
+
+
 def status_of(error: BaseException) -> int | None:
     """HTTP status of a client's exception, or of the one that a ClusterError explains; None where there is none."""
     if isinstance(error, ClusterError) and error.__cause__ is not None:

@@ -28,6 +28,8 @@ class RunSettings(Settings):
     """Every random choice derives from it: the same seed and settings give the same run."""
     start_from: Literal["base", "latest", "champion"] = "base"
     """Start policy: the base model, the fine-tune's last checkpoint, or its champion (the base until there is one)."""
+    start_run: str | None = None
+    """With `start_from = "latest"`: the run whose last checkpoint it is; unset: the newest of the fine-tune."""
     iterations: int = Field(default=8, ge=1, le=1000)
     """Rollout-reward-update rounds of one run."""
     shards: int = Field(default=1, ge=1, le=64)

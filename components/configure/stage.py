@@ -70,7 +70,7 @@ def _filled_in(settings: RunSettings) -> RunSettings:
 
 def _find_start(settings: RunSettings, store: Any, name: str) -> start.Start | None:
     if settings.start_from == "latest":
-        return start.latest(store, settings.fine_tune, but_run=name)
+        return start.latest(store, settings.fine_tune, but_run=name, run=settings.start_run)
     if settings.start_from == "champion":
         return start.champion(store, settings.fine_tune)
     return None

@@ -97,16 +97,18 @@ def describe(files: dict[str, Path]) -> dict[str, Any]:
     }
 
 
-def latest(store: Store, fine_tune: str, *, but_run: str) -> Start:
-    """The checkpoint of the newest other run of a fine-tune.
+def latest(store: Store, fine_tune: str, *, but_run: str, run: str | None = None) -> Start:
+    """The last checkpoint of a run of a fine-tune, or of the newest run but `but_run`.
 
     Raises:
         ArtifactNotFound: there is none.
     """
-    found = [key for key in _policy_keys(store, fine_tune) if key.split("/")[2] != but_run]
+    keys = [(key.split("/")[2], key) for key in _policy_keys(store, fine_tune)]
+    found = [key for name, key in keys if (name == run if run else name != but_run)]
     policies = [Manifest.parse(store.get_bytes(key), where=key) for key in found]
     if not policies:
-        raise ArtifactNotFound(f'fine-tune {fine_tune} has no checkpoint to go on from; use start_from = "base"')
+        whose = f"run {run} of fine-tune {fine_tune}" if run else f"fine-tune {fine_tune}"
+        raise ArtifactNotFound(f'{whose} has no checkpoint to go on from; use start_from = "base"')
     newest = max(policies, key=lambda manifest: (manifest.created, manifest.iteration or 0))
     return start_at(store, newest)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from datetime import timedelta
 
 import pytest
 
@@ -105,6 +106,24 @@ def test_the_champion_is_the_base_until_there_is_one(configure):
     base, _ = configure(name="run-1")
     paths, _ = configure(name="run-2", start_from="champion")
     assert Manifest.load(paths["policy"]).digest == Manifest.load(base["policy"]).digest
+
+
+def test_a_chain_goes_on_from_its_own_run_though_another_published_meanwhile(configure, tmp_path):
+    """Run chain-1 ended at iteration 7; a nightly run of the same fine-tune published its iteration 2 later."""
+    paths, _ = configure(name="chain-1")
+    policy = Manifest.load(paths["policy"])
+    for name, iteration, minutes in (("chain-1", 7, 1), ("nightly", 2, 2)):
+        folder = tmp_path / "store" / "manifests" / "f" / name / f"{iteration:04d}"
+        folder.mkdir(parents=True)
+        changes = {"run": name, "iteration": iteration, "created": policy.created + timedelta(minutes=minutes)}
+        (folder / "policy.json").write_bytes(policy.model_copy(update=changes).dump())
+    begun = {}
+    for name, start_run in (("whichever", None), ("chain-2", "chain-1")):
+        paths, _ = configure(name=name, start_from="latest", start_run=start_run)
+        begun[name] = Manifest.load(paths["policy"]).iteration
+    assert begun == {"chain-2": 7, "whichever": 2}
+    with pytest.raises(ArtifactNotFound, match="run none of fine-tune f has no checkpoint"):
+        configure(name="chain-3", start_from="latest", start_run="none")
 
 
 def test_going_on_from_the_latest_checkpoint(configure, tmp_path):

@@ -11,12 +11,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
 import yaml
+from kubernetes import client as kubernetes_client
 
 KFP = "/apis/v2beta1"
 
 
 class Cluster:
-    """A pretended cluster; `faults`: path part → statuses (or "drop") answered before the real answer."""
+    """A pretended cluster. `faults`: path part, or method and path part → statuses (or "drop") answered instead of
+    doing what was asked; `lost`: the same, answered after it was done."""
 
     def __init__(self):
         self.pipelines, self.versions, self.experiments, self.runs, self.recurring = {}, {}, {}, {}, {}
@@ -24,7 +26,7 @@ class Cluster:
         self.events, self.workflows, self.objects, self.denied = [], {}, {}, set()
         self.cuts = {}  # pod → characters after which a followed log breaks off, a connection each
         self.on_train_job = lambda job: None  # what Kubeflow Trainer would do
-        self.faults, self.requests, self.token = {}, [], None
+        self.faults, self.lost, self.requests, self.token, self.cookie = {}, {}, [], None, None
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.server.daemon_threads = True
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
@@ -36,6 +38,19 @@ class Cluster:
 
     def counted(self, method, part):
         return sum(1 for verb, path in self.requests if verb == method and part in path)
+
+
+def write_kubeconfig(cluster, folder, monkeypatch):
+    """Makes a kubeconfig of this cluster the one that clients find."""
+    path = folder / "kubeconfig"
+    path.write_text(yaml.safe_dump({
+        "apiVersion": "v1", "kind": "Config", "current-context": "c",
+        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+        "clusters": [{"name": "c", "cluster": {"server": cluster.url}}], "users": [{"name": "u", "user": {}}],
+    }))  # fmt: skip
+    for module in ("kubernetes.config", "kubernetes.config.kube_config"):
+        monkeypatch.setattr(f"{module}.KUBE_CONFIG_DEFAULT_LOCATION", str(path))
+    monkeypatch.setattr(kubernetes_client.Configuration, "_default", None)
 
 
 def _now():
@@ -74,21 +89,31 @@ def _handler(cluster):
         def _body(self):
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
-        def _serve(self):
-            parts = urlsplit(self.path)
-            query = {name: values[0] for name, values in parse_qs(parts.query).items()}
-            cluster.requests.append((self.command, parts.path))
-            body = self._body()
-            for part, statuses in cluster.faults.items():
-                if part in parts.path and statuses:
+        def _fails(self, faults, path):
+            """Whether a fault was answered."""
+            for where, statuses in faults.items():
+                method, part = where if isinstance(where, tuple) else (self.command, where)
+                if method == self.command and part in path and statuses:
                     status = statuses.pop(0)
                     if status == "drop":
                         self.close_connection = True
-                        self.connection.close()
-                        return
+                        self.connection.shutdown(socket.SHUT_RDWR)
+                        return True
                     status, answer = status if isinstance(status, tuple) else (status, {"error": f"pretended {status}"})
                     self._answer(answer, status)
-                    return
+                    return True
+            return False
+
+        def _serve(self):
+            parts = urlsplit(re.sub(r"^/api/v1/namespaces/kubeflow/services/ml-pipeline:http/proxy/?", "", self.path))
+            query = {name: values[0] for name, values in parse_qs(parts.query).items()}
+            cluster.requests.append((self.command, parts.path))
+            body = self._body()
+            if self._fails(cluster.faults, parts.path):
+                return
+            if cluster.cookie and self.headers.get("Cookie") != cluster.cookie:
+                self._answer({"error": "no session"}, 401)
+                return
             if cluster.token and self.headers.get("Authorization") != f"Bearer {cluster.token}":
                 self._answer({"error": "token expired"}, 401)
                 return
@@ -96,6 +121,8 @@ def _handler(cluster):
                 match = re.fullmatch(pattern, parts.path)
                 if match and method == self.command:
                     answer = action(cluster, query, body, *match.groups())
+                    if self._fails(cluster.lost, parts.path):
+                        return
                     if isinstance(answer, tuple):
                         self._answer(*answer)
                     elif isinstance(answer, Stream):
@@ -134,6 +161,8 @@ def _list_pipelines(cluster, query, _):
 
 
 def _upload(cluster, query, body):
+    if query["name"] in [pipeline["display_name"] for pipeline in cluster.pipelines.values()]:
+        return {"error": "exists"}, 409
     pipeline = {"pipeline_id": str(uuid.uuid4()), "display_name": query["name"], "created_at": _now()}
     cluster.pipelines[pipeline["pipeline_id"]] = pipeline
     _add_version(cluster, pipeline["pipeline_id"], query["name"], body)

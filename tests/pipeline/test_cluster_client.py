@@ -12,7 +12,7 @@ from kubernetes import client as kubernetes_client
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cluster_server import Cluster
+from cluster_server import Cluster, write_kubeconfig
 
 from components.common import kube
 from components.common.errors import SettingsError
@@ -50,6 +50,12 @@ def pods(cluster, monkeypatch):
     settings.retries = False
     monkeypatch.setattr(kubernetes_client.Configuration, "_default", settings)
     return Pods("kubeflow")
+
+
+@pytest.fixture
+def kubeconfig(cluster, monkeypatch, tmp_path):
+    """The way to the cluster that `kubectl` has."""
+    write_kubeconfig(cluster, tmp_path, monkeypatch)
 
 
 def settings(**changes):
@@ -121,6 +127,30 @@ def test_an_expired_token_and_an_unreachable_host(cluster):
         runs(client, "f")
 
 
+def test_the_runs_namespace_is_not_where_kubeflow_is_looked_for(cluster, monkeypatch, kubeconfig):
+    client = Connection(namespace="team-a").open()
+    assert runs(client, "f") == []
+    assert cluster.counted("GET", "/apis/v2beta1/experiments") == 1  # through kubeflow's service, not team-a's
+
+
+def test_a_dex_session(cluster):
+    cluster.cookie = "authservice_session=good"
+    assert runs(Connection(host=cluster.url, cookie="authservice_session=good").open(), "f") == []
+    with pytest.raises(ClusterError, match="--cookie"):
+        runs(Connection(host=cluster.url, cookie="authservice_session=old").open(), "f")
+
+
+def test_a_pods_own_token_is_read_anew_when_it_was_rotated(cluster, monkeypatch, tmp_path):
+    token = tmp_path / "token"
+    monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(token))
+    for text in ("first", "second"):
+        token.write_text(text)
+        cluster.token = text
+        if text == "first":
+            client = Connection(host=cluster.url).open()
+        assert runs(client, "f") == []
+
+
 def test_what_only_this_machine_has_is_refused(client):
     with pytest.raises(SettingsError, match="a pod cannot see"):
         submit(client, settings(store="file:///tmp/x"))
@@ -137,15 +167,61 @@ def test_a_long_fine_tune_becomes_a_chain(cluster, client, monkeypatch):
         constants = {name: task["inputs"]["parameters"] for name, task in tasks.items() if name == "submit-next"}
         base = json.loads(tasks["configure"]["inputs"]["parameters"]["settings"]["runtimeValue"]["constant"])
         remaining = int(constants["submit-next"]["remaining"]["runtimeValue"]["constant"]) if constants else 0
-        seen.append((run["run_id"], base["iterations"], remaining, base["start_from"]))
+        seen.append((run["run_id"], base["iterations"], remaining, base["start_from"], base["start_run"]))
         if not remaining:
             break
         cluster.runs[seen[-1][0]]["state"] = "SUCCEEDED"
         monkeypatch.setattr("pipeline.chain.connect", lambda: client)
         resolved = json.dumps({name: value for name, value in base.items() if name != "cluster"})
-        seen[-1] = (go_on(resolved, json.dumps(base["cluster"]), remaining), *seen[-1][1:])
-    assert [entry[1:] for entry in seen] == [(fit, fit + 1, "base"), (fit, 1, "latest"), (1, 0, "latest")]
+        seen[-1] = (go_on(resolved, json.dumps(base["cluster"]), remaining, run["run_id"]), *seen[-1][1:])
+    first, second = sent.run_id, seen[0][0]
+    assert [entry[1:] for entry in seen] == [
+        (fit, fit + 1, "base", None), (fit, 1, "latest", first), (1, 0, "latest", second),
+    ]  # fmt: skip
     assert settings_of(client, runs(client, "f")[-1]).iterations == 2 * fit + 1
+
+
+@pytest.mark.parametrize("fault", ["before", "after"])
+@pytest.mark.parametrize("status", [504, "drop"])
+@pytest.mark.parametrize("path", ["/pipelines/upload", "/pipelines/upload_version", "/experiments", "/v2beta1/runs"])
+def test_an_answer_that_is_lost_makes_nothing_twice(cluster, client, path, status, fault):
+    (cluster.faults if fault == "before" else cluster.lost)[("POST", path)] = [status]
+    sent = submit(client, settings())
+    assert list(cluster.runs) == [sent.run_id]
+    assert (len(cluster.pipelines), len(cluster.versions), len(cluster.experiments)) == (1, 2, 1)
+    assert not cluster.faults.get(("POST", path)) and not cluster.lost.get(("POST", path))
+
+
+@pytest.mark.parametrize("status", [504, "drop"])
+def test_a_schedule_whose_answer_is_lost_is_made_once(cluster, client, status):
+    cluster.lost[("POST", "/recurringruns")] = [status]
+    made = schedule(client, settings(), "0 3 * * *", None)
+    assert list(cluster.recurring) == [made.id] and cluster.lost == {("POST", "/recurringruns"): []}
+
+
+def test_the_last_task_of_a_run_done_again_submits_nothing_new(cluster, client, monkeypatch):
+    monkeypatch.setattr("pipeline.chain.connect", lambda: client)
+    values = json.loads(settings(iterations=30).model_dump_json())
+    section = json.dumps(values.pop("cluster"))
+    again = [go_on(json.dumps(values), section, 5, "Run-7") for _ in range(2)]
+    assert again == list(cluster.runs) * 2 and len(cluster.runs) == 1
+    (run,) = cluster.runs.values()
+    assert run["display_name"] == "f-after-run-7" and settings_of(client, runs(client, "f")[0]).start_run == "run-7"
+    assert go_on(json.dumps(values), section, 5, "run-8") != again[0]
+
+
+def test_a_run_and_a_schedule_of_one_fine_tune_refuse_each_other(cluster, client):
+    sent = submit(client, settings())
+    with pytest.raises(ClusterError, match=f"grpo cancel {sent.run_id}"):
+        schedule(client, settings(), "0 3 * * *", None)
+    assert not cluster.recurring
+    cluster.runs[sent.run_id]["state"] = "FAILED"
+    made = schedule(client, settings(), "0 3 * * *", None)
+    with pytest.raises(ClusterError, match="grpo unschedule f"):
+        submit(client, settings())
+    assert len(cluster.runs) == 1
+    cluster.recurring[made.id]["status"] = "DISABLED"
+    submit(client, settings())
 
 
 def test_resuming_does_what_remains(cluster, client, tmp_path):
@@ -170,7 +246,12 @@ def test_resuming_does_what_remains(cluster, client, tmp_path):
     for iteration in (0, 1, 2):
         store.put_bytes(empty.dump(), manifest_key("f", run["run_id"], iteration, "policy"))
     again = resumed(client, "f")
-    assert (again.iterations, again.start_from) == (3, "latest")
+    assert (again.iterations, again.start_from, again.start_run) == (3, "latest", run["run_id"])
+    run["runtime_config"]["parameters"]["run"] = "Mine"  # what configure calls it
+    assert resumed(client, "f").start_from == "base"
+    store.put_bytes(empty.dump(), manifest_key("f", "mine", 0, "policy"))
+    again = resumed(client, "f")
+    assert (again.iterations, again.start_from, again.start_run) == (5, "latest", "mine")
     with pytest.raises(ClusterError, match="no run to go on with"):
         resumed(client, "other")
 
@@ -273,13 +354,15 @@ def test_the_commands_reach_the_cluster_they_are_told(cluster, tmp_path):
     sent = grpo("submit", *options, GRPO_HOST=cluster.url)
     assert sent.returncode == 0, sent.stderr
     (run,) = cluster.runs.values()
+    assert len(sent.stdout.splitlines()) == 2, sent.stdout  # the client library's own lines are not shown
     assert "8 iterations" in sent.stdout and f"{cluster.url}/#/runs/details/{run['run_id']}" in sent.stdout
     assert run["run_id"] in grpo("status", "f", "--host", cluster.url).stdout
+    again = grpo("submit", *options, GRPO_HOST=cluster.url)
+    assert again.returncode == 1 and "going on" in again.stderr and "Traceback" not in again.stderr
+    run["state"] = "SUCCEEDED"
     assert grpo("schedule", *options, "--cron", "0 3 * * *", GRPO_HOST=cluster.url).returncode == 0
     assert "0 0 3 * * *" in grpo("schedules", GRPO_HOST=cluster.url).stdout
     assert grpo("unschedule", "f", GRPO_HOST=cluster.url).returncode == 0 and not cluster.recurring
-    again = grpo("submit", *options, GRPO_HOST=cluster.url)
-    assert again.returncode == 1 and "going on" in again.stderr and "Traceback" not in again.stderr
 
 
 WINTER, SUMMER = datetime(2026, 1, 15, tzinfo=UTC), datetime(2026, 7, 15, tzinfo=UTC)

@@ -4,12 +4,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
-from kubernetes import client as kubernetes_client
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cluster_server import Cluster
+from cluster_server import Cluster, write_kubeconfig
 
 from components.common import kube
 from components.common.settings import validate
@@ -57,21 +55,9 @@ def cluster(monkeypatch, tmp_path):
     found.objects["nodes"] = {"items": [node("cpu", 0, {}), node("gpu", 8, h100, "nvidia.com/gpu")]}
     quota = {"hard": {"requests.nvidia.com/gpu": "16"}, "used": {"requests.nvidia.com/gpu": "4"}}
     found.objects["resourcequotas"] = {"items": [{"metadata": {"name": "grpo-gpus"}, "status": quota}]}
-    kubeconfig(found, tmp_path, monkeypatch)
+    write_kubeconfig(found, tmp_path, monkeypatch)
     yield found
     found.close()
-
-
-def kubeconfig(cluster, folder, monkeypatch):
-    path = folder / "kubeconfig"
-    path.write_text(yaml.safe_dump({
-        "apiVersion": "v1", "kind": "Config", "current-context": "c",
-        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-        "clusters": [{"name": "c", "cluster": {"server": cluster.url}}], "users": [{"name": "u", "user": {}}],
-    }))  # fmt: skip
-    for module in ("kubernetes.config", "kubernetes.config.kube_config"):
-        monkeypatch.setattr(f"{module}.KUBE_CONFIG_DEFAULT_LOCATION", str(path))
-    monkeypatch.setattr(kubernetes_client.Configuration, "_default", None)
 
 
 def settings(nodes=1, **cluster):

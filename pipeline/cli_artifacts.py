@@ -20,7 +20,8 @@ StoreUrl = Annotated[
 Reference = Annotated[
     str, typer.Argument(help="A name as `ls` prints it, a manifest file, or the start of a digest.", metavar="ARTIFACT")
 ]
-DEFAULT_STORE = "runs/store"
+KeepLast = Annotated[int, typer.Option(help="Iterations of each fine-tune whose weights and rollouts stay.")]
+DEFAULT_STORE, KEEP_LAST = "runs/store", 4
 
 
 def _open(url: str) -> "Store":
@@ -57,19 +58,20 @@ def list_artifacts(
     store: StoreUrl = DEFAULT_STORE,
     kind: Annotated[str, typer.Option(help="policy, optimizer, prompts, rollout, scored, evaluation, decision.")] = "",
 ) -> None:
-    """List artifacts, oldest first."""
+    """List artifacts, oldest first; `gone` are those whose objects were collected or lost."""
     from rich.table import Table
 
     from components.common.lineage import history
 
+    opened = _open(store)
+    there = {stat.key for stat in opened.list("blobs/")}
     table = Table("artifact", "kind", "digest", "size", "stored", "created", box=None, pad_edge=False)
-    for one in history(_open(store), prefix):
+    for one in history(opened, prefix):
         manifest = one.manifest
+        stored = human(_stored(one)) if all(key in there for key, _, _ in _objects(one)) else "gone"
         if kind in ("", manifest.kind):
             created = manifest.created.isoformat(sep=" ", timespec="seconds").removesuffix("+00:00")
-            table.add_row(
-                one.name, manifest.kind, manifest.digest[7:19], human(manifest.size), human(_stored(one)), created
-            )
+            table.add_row(one.name, manifest.kind, manifest.digest[7:19], human(manifest.size), stored, created)
     _console().print(table)
 
 
@@ -147,17 +149,28 @@ def verify(
     quick: Annotated[
         bool, typer.Option("--quick", help="Only look whether objects are there, whole in length.")
     ] = False,
+    keep_last: KeepLast = KEEP_LAST,
 ) -> None:
-    """Read every object that artifacts name and check its digest; status 1 when one is missing or changed."""
-    from components.common.lineage import history
+    """Read every object that artifacts name and check its digest; status 1 when one is changed, or missing from what a
+    collection with this --keep-last keeps. What is missing elsewhere counts as collected."""
+    from components.common import gc as collector
+    from components.common.lineage import PREFIX, history
 
     opened = _open(store)
-    objects = {key: (digest, size) for one in history(opened, prefix) for key, digest, size in _objects(one)}
-    problems = [found for key, (_, size) in sorted(objects.items()) if (found := _problem(opened, key, size, quick))]
-    for line in problems:
+    records = history(opened)
+    live = collector.kept(opened, records, keep_last=keep_last)
+    chosen = [one for one in records if one.key.startswith(PREFIX + prefix)]
+    sizes = {key: size for one in chosen for key, _, size in _objects(one)}
+    needed = {key for one in chosen if one.key in live for key, _, _ in _objects(one)}
+    collected = sizes.keys() - needed - {stat.key for stat in opened.list("blobs/")}
+    objects = {key: size for key, size in sorted(sizes.items()) if key not in collected}
+    problems = [found for key, size in objects.items() if (found := _problem(opened, key, size, quick))]
+    for line in [*(f"{key}: collected" for key in sorted(collected)), *problems]:
         typer.echo(line)
-    total = sum(size for _, size in objects.values())
-    typer.echo(f"{len(objects)} objects, {human(total)}, {len(problems)} missing or changed")
+    total = sum(objects.values())
+    typer.echo(
+        f"{len(objects)} objects, {human(total)}, {len(problems)} missing or changed; {len(collected)} collected"
+    )
     if problems:
         raise typer.Exit(1)
 
@@ -178,7 +191,7 @@ def _problem(store: "Store", key: str, size: int, quick: bool) -> str | None:
 
     found = store.stat(key)
     if found is None:
-        return f"{key}: missing (collected or deleted)"
+        return f"{key}: missing"
     if found.size != size:
         return f"{key}: {found.size} bytes, want {size}"
     if quick:
@@ -194,7 +207,7 @@ def _problem(store: "Store", key: str, size: int, quick: bool) -> str | None:
 @app.command()
 def gc(
     store: StoreUrl = DEFAULT_STORE,
-    keep_last: Annotated[int, typer.Option(help="Iterations of each fine-tune whose weights and rollouts stay.")] = 4,
+    keep_last: KeepLast = KEEP_LAST,
     keep_champions: Annotated[bool, typer.Option(help="Keep accepted policies too.")] = True,
     grace_hours: Annotated[
         float, typer.Option(help="Younger blobs stay; below 24 only while nothing is being published.")

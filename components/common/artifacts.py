@@ -1,7 +1,7 @@
 """Publishing and fetching artifacts: blobs by content, manifest last, every byte checked on the way back."""
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from components.common.cache import NodeCache, node_cache
 from components.common.errors import AlreadyPublished, ArtifactNotFound
 from components.common.integrity import blob_key
 from components.common.manifest import File, Kind, Manifest, Producer, content_digest, file_digest, manifest_key, now
-from components.common.patched import materialise, put_blob
+from components.common.patched import REFRESH_AFTER, materialise, put_blob
 from components.common.scheduling import in_parallel
 from components.common.settings import RunContext
 from components.common.store import FileStore, Store, disk_errors
@@ -61,9 +61,14 @@ def publish(
         fine_tune=context.fine_tune, run=context.run, iteration=iteration, created=now(),
         metrics=dict(metrics or {}), metadata=dict(metadata or {}), store=store.url,
     )  # fmt: skip
-    _check_there(store, entries)
+    _look(store, manifest)
     key = manifest_key(context.fine_tune, context.run, iteration, name)
     if store.put_bytes(manifest.dump(), key, if_absent=True):
+        try:
+            _look(store, manifest)
+        except ArtifactNotFound:  # a collector that had looked before the blob was made young
+            store.delete(key)
+            raise
         return manifest
     present = Manifest.parse(store.get_bytes(key), where=key)
     if present.producer.key != producer.key:
@@ -73,14 +78,25 @@ def publish(
     return present
 
 
-def _check_there(store: Store, files: Iterable[File]) -> None:
-    """The last look before a manifest promises its blobs."""
-    keys = sorted({key for file in files for key in file.keys})
-    for key, found in zip(keys, in_parallel(FILES_AT_ONCE, store.stat, keys), strict=True):
-        if found is None:
+def _look(store: Store, manifest: Manifest) -> None:
+    """Whether the blobs of a manifest's files are there. Old ones become young, also those its metadata speaks of, so
+    that no collector is about to take them.
+
+    Raises:
+        ArtifactNotFound: one is gone.
+    """
+    promised = {key for file in manifest.files for key in file.keys}
+
+    def look(key: str) -> None:
+        found = store.stat(key)
+        if found is None and key in promised:
             raise ArtifactNotFound(
                 f"{store.url}: {key} is gone, collected or deleted; run the stage that made it again"
             )
+        if found and now() - found.modified > REFRESH_AFTER:
+            store.touch(key)
+
+    in_parallel(FILES_AT_ONCE, look, sorted(manifest.blobs))
 
 
 def fetch(

@@ -4,13 +4,13 @@ Manifests are never deleted: a few KB each, they are the history. What an old on
 made it makes it again when a rerun needs it.
 
 Safe beside a run that publishes: blobs are listed before manifests are read, so a blob written later is no candidate;
-what is younger than the grace period stays; whoever publishes a blob that is there already, and older than half a day,
-writes it again, which makes it young, and looks once more for all its blobs before the manifest promises them; and a
-blob is looked at again right before it is deleted.
+what is younger than the grace period stays; a publisher makes every blob young that its manifest is going to name and
+that is older than half a day; manifests that came after the plan are read before the sweep; a blob's age is looked at
+again at each attempt to delete it; and the publisher looks for its blobs before and after it writes the manifest, which
+it takes back when one is gone.
 """
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -25,9 +25,8 @@ from components.common.store import FileStore, Stat, Store
 GRACE = timedelta(hours=24)
 LASTING = {"prompts", "evaluation", "decision"}
 """Kinds that are small and tell the history; always live."""
-SWEPT = ("blobs/", "partial/")
-"""What is swept: blobs, and what interrupted rollouts saved and none came back for."""
-BLOB_NAME = re.compile(r"blobs/blake3/[0-9a-f]{64}")
+SWEPT = ("blobs/", "partial/", "parts/")
+"""What is swept: blobs, and what interrupted rollouts and updates left and none came back for."""
 REFERENCE = "reference"
 """Role and name of the policy a fine-tune started from."""
 DELETERS = 16
@@ -37,6 +36,8 @@ DELETERS = 16
 class Plan:
     """What a collection would do."""
 
+    known: set[str] = field(default_factory=set)
+    """Keys of the manifests it was made from."""
     live: set[str] = field(default_factory=set)
     """Names of the artifacts that are kept."""
     live_bytes: int = 0
@@ -61,16 +62,13 @@ def plan(store: Store, *, keep_last: int, keep_champions: bool = True, grace: ti
         SettingsError: `keep_last` below 1.
         ArtifactError: a manifest or pointer cannot be read, so that nobody knows what it needs.
     """
-    if keep_last < 1:
-        raise SettingsError(f"keep_last must be at least 1, got {keep_last}: a fine-tune could not go on")
     blobs = [stat for prefix in SWEPT for stat in store.list(prefix)]
     records = history(store)
-    live = _live(records, keep_last)
-    if keep_champions:
-        live |= _champions(store)
-    needed = {key for record in records if record.key in live for key in _needs(record)}
+    live = kept(store, records, keep_last=keep_last, keep_champions=keep_champions)
+    needed = {key for record in records if record.key in live for key in record.manifest.blobs}
     cutoff = now() - grace
-    result = Plan(live={record.name for record in records if record.key in live})
+    names = {record.name for record in records if record.key in live}
+    result = Plan(known={record.key for record in records}, live=names)
     for blob in blobs:
         if blob.key in needed:
             result.live_bytes += blob.size
@@ -82,13 +80,10 @@ def plan(store: Store, *, keep_last: int, keep_champions: bool = True, grace: ti
 def sweep(store: Store, found: Plan, *, grace: timedelta = GRACE) -> int:
     """Deletes what a plan found, and what died while being written; gives the bytes of the blobs deleted."""
     cutoff = now() - grace
+    needed = {key for record in history(store, but=found.known) for key in record.manifest.blobs}
 
     def remove(blob: Stat) -> int:
-        present = store.stat(blob.key)
-        if present is None or present.modified >= cutoff:  # written again since: someone is about to need it
-            return 0
-        store.delete(blob.key)
-        return present.size
+        return blob.size if blob.key not in needed and store.delete(blob.key, before=cutoff) else 0
 
     freed = sum(in_parallel(DELETERS, remove, found.sweep))
     if isinstance(store, FileStore):
@@ -101,25 +96,43 @@ def sweep(store: Store, found: Plan, *, grace: timedelta = GRACE) -> int:
     return freed
 
 
-def _live(records: Sequence[Recorded], keep_last: int) -> set[str]:
+def kept(store: Store, records: Sequence[Recorded], *, keep_last: int, keep_champions: bool = True) -> set[str]:
+    """Keys of the manifests whose blobs stay.
+
+    Raises:
+        SettingsError: `keep_last` below 1.
+        ArtifactError: a pointer cannot be read.
+    """
+    if keep_last < 1:
+        raise SettingsError(f"keep_last must be at least 1, got {keep_last}: a fine-tune could not go on")
     live = {record.key for record in records if record.manifest.kind in LASTING or record.manifest.iteration is None}
-    rounds: dict[str, dict[tuple[str, int], Any]] = {}
+    newest = _newest(records, keep_last)
     for record in records:
         manifest = record.manifest
-        if manifest.iteration is not None:
-            newest = rounds.setdefault(manifest.fine_tune, {})
-            where = manifest.run, manifest.iteration
-            newest[where] = max(record.moment, newest.get(where, record.moment))
-    kept = {
-        (fine_tune, *where)
-        for fine_tune, newest in rounds.items()
-        for where in sorted(newest, key=lambda place, newest=newest: newest[place])[-keep_last:]
-    }
-    for record in records:
-        manifest = record.manifest
-        if (manifest.fine_tune, manifest.run, manifest.iteration) in kept:
+        if (manifest.fine_tune, manifest.run, manifest.iteration) in newest:
             live.add(record.key)
-    return live | _references(records, live)
+    live |= _references(records, live)
+    return live | _champions(store) if keep_champions else live
+
+
+def _newest(records: Sequence[Recorded], keep_last: int) -> set[tuple[str, str, int | None]]:
+    """The last iterations of each fine-tune: those of the run that worked last, by number, then of the run before.
+
+    Not by the time of what belongs to an iteration: an evaluation may end after the next policy is there.
+    """
+    worked: dict[tuple[str, str], Any] = {}
+    places: dict[str, set[tuple[str, int]]] = {}
+    for record in records:
+        manifest = record.manifest
+        if manifest.iteration is not None and manifest.kind not in LASTING:
+            run = manifest.fine_tune, manifest.run
+            worked[run] = max(record.moment, worked.get(run, record.moment))
+            places.setdefault(manifest.fine_tune, set()).add((manifest.run, manifest.iteration))
+    return {
+        (fine_tune, *place)
+        for fine_tune, found in places.items()
+        for place in sorted(found, key=lambda place, tune=fine_tune: (worked[tune, place[0]], place[1]))[-keep_last:]
+    }
 
 
 def _references(records: Sequence[Recorded], live: set[str]) -> set[str]:
@@ -145,13 +158,8 @@ def _champions(store: Store) -> set[str]:
     found = set()
     for stat in store.list("pointers/"):
         try:
-            pointer = json.loads(store.get_bytes(stat.key))
-        except ValueError as error:
+            pointer = dict(json.loads(store.get_bytes(stat.key)))
+        except (ValueError, TypeError) as error:
             raise ArtifactError(f"{stat.key} is not a pointer ({error}); restore or delete it, then collect") from None
         found |= {value for value in pointer.values() if isinstance(value, str) and value.startswith(PREFIX)}
     return found
-
-
-def _needs(record: Recorded) -> set[str]:
-    """Blobs a manifest speaks of anywhere: its files, their patches, and what its metadata carries."""
-    return set(BLOB_NAME.findall(record.manifest.dump().decode()))

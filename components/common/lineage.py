@@ -1,7 +1,7 @@
 """The history of fine-tunes, rebuilt from the manifests in the store alone: what there is, and what it derives from."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,13 +48,13 @@ class Node:
     """Its own parents are shown where it came first."""
 
 
-def history(store: Store, prefix: str = "") -> list[Recorded]:
-    """All manifests whose name starts with `prefix` (`fine-tune/run/…`), oldest first.
+def history(store: Store, prefix: str = "", *, but: Collection[str] = ()) -> list[Recorded]:
+    """All manifests whose name starts with `prefix` (`fine-tune/run/…`), oldest first; without those of the keys `but`.
 
     Raises:
         ArtifactError: one of them cannot be read.
     """
-    keys = [stat.key for stat in store.list(PREFIX + prefix) if stat.key.endswith(".json")]
+    keys = [stat.key for stat in store.list(PREFIX + prefix) if stat.key.endswith(".json") and stat.key not in but]
     found = in_parallel(READERS, lambda key: _read(store, key), keys)
     return sorted((one for one in found if one), key=lambda one: (one.moment, one.key))
 

@@ -6,6 +6,7 @@ written last, so an artifact is complete when its manifest exists.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from functools import cache
@@ -21,6 +22,7 @@ from components.common.settings import Settings
 
 SCHEMA_VERSION = 1
 DIGEST_PATTERN = r"^blake3:[0-9a-f]{64}$"
+BLOB_NAME = re.compile(r"blobs/blake3/[0-9a-f]{64}")
 
 Kind = Literal["policy", "optimizer", "prompts", "rollout", "scored", "evaluation", "decision"]
 
@@ -126,6 +128,11 @@ class Manifest(Settings):
     def names(self) -> set[str]:
         """Names of the files."""
         return {file.name for file in self.files}
+
+    @property
+    def blobs(self) -> set[str]:
+        """Keys of the blobs it speaks of anywhere: of its files, of their patches, and in its metadata."""
+        return set(BLOB_NAME.findall(self.dump().decode()))
 
     def dump(self) -> bytes:
         """As JSON, readable by people too."""

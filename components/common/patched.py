@@ -21,8 +21,8 @@ from components.common.store import FileStore, Store, disk_errors
 SMALLEST = 64 << 10
 """Bytes below which a file is always stored whole."""
 REFRESH_AFTER = timedelta(hours=12)
-"""Age at which a blob that is published again is written again, so that a garbage collection, which spares what is
-younger than its grace period (a day at least), cannot take it before the manifest is there."""
+"""Age at which a blob that is published again is made young, so that a garbage collection, which spares what is younger
+than its grace period (a day at least), cannot take it before the manifest is there."""
 
 
 class DeltaSettings(Settings):

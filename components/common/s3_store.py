@@ -8,6 +8,7 @@ a range.
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -178,9 +179,26 @@ class S3Store:
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
-    def delete(self, key: str) -> None:
-        """Removes an object; one that is not there is no error."""
-        self.request(f"deleting {key}", lambda _: self.client.delete_object(**self.name(key)))
+    def touch(self, key: str) -> None:
+        """Copies an object onto itself, on the server; no byte comes here."""
+        self.found(key, lambda: self._upload.renew(key, self._head(key)))
+
+    def delete(self, key: str, *, before: datetime | None = None) -> bool:
+        """Removes an object. Its age is looked at before each attempt: between two someone may write it again."""
+        from botocore.exceptions import ClientError
+
+        def remove(attempt: int) -> bool:
+            if before and self.client.head_object(**self.name(key))["LastModified"] >= before:
+                return False
+            self.client.delete_object(**self.name(key))
+            return True
+
+        try:
+            return self.request(f"deleting {key}", remove)
+        except ClientError as error:
+            if status_of(error) != 404:
+                raise StoreError(f"{self.url}: deleting {key}: {error}") from error
+            return False
 
     def unfinished(self, key: str = "") -> Iterator[dict[str, Any]]:
         """Multipart uploads that were begun and not ended, of one key or of all, newest first."""

@@ -50,8 +50,11 @@ class Store(Protocol):
     def list(self, prefix: str) -> Iterator[Stat]:
         """Objects whose key starts with `prefix`, in the order of their keys."""
 
-    def delete(self, key: str) -> None:
-        """Removes the object; one that is not there is no error."""
+    def touch(self, key: str) -> None:
+        """Makes an object as young as one written now. Raises ArtifactNotFound."""
+
+    def delete(self, key: str, *, before: datetime | None = None) -> bool:
+        """Removes the object, with `before` only one that was written before then; False: there was none to remove."""
 
 
 UNSAFE = re.compile(r"[\\\x00-\x1f\x7f]")
@@ -185,14 +188,29 @@ class FileStore:
             if key.startswith(prefix) and (found := self.stat(key)):
                 yield found
 
-    def delete(self, key: str) -> None:
+    def touch(self, key: str) -> None:
+        with disk_errors(f"touch {self.url}/{key}"):
+            try:
+                os.utime(self.path(key))
+            except (FileNotFoundError, NotADirectoryError):
+                raise ArtifactNotFound(f"{self.url}: no object {key}") from None
+
+    def delete(self, key: str, *, before: datetime | None = None) -> bool:
+        found = self.stat(key)
+        if found is None or (before and found.modified >= before):
+            return False
         with disk_errors(f"delete {self.url}/{key}"):
             self.path(key).unlink(missing_ok=True)
+        return True
 
     def abandoned(self, before: datetime) -> Iterator[Path]:
         """Temporary files of writers that died before `before`."""
         for path in self.root.rglob(TEMPORARY + "*"):
-            if path.stat().st_mtime < before.timestamp():
+            try:
+                old = path.stat().st_mtime < before.timestamp()
+            except FileNotFoundError:  # its writer is done
+                continue
+            if old:
                 yield path
 
     @contextmanager

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from components.common.s3_store import S3Store
 
 MAX_PARTS = 10_000
+COPY_BYTES = 5 << 30
+"""Bytes that a server copies in one request (S3's limit); larger objects are copied in ranges."""
 CHUNK = 1 * MIB
 """Bytes taken from a socket at a time."""
 
@@ -121,6 +123,25 @@ class Upload:
         if found is None or found.size != size:
             got = f"{found.size} bytes" if found else "nothing"
             raise StoreError(f"{self.store.url}: {key}: sent {size} bytes, the server shows {got}; run it again")
+
+    def renew(self, key: str, head: dict[str, Any]) -> None:
+        """Copies an object, as `head` describes it, onto itself; its bytes do not leave the server."""
+        name, size, client = self.store.name(key), head["ContentLength"], self.store.client
+        source = {"CopySource": dict(name), "CopySourceIfMatch": head["ETag"]}
+        metadata = {"Metadata": head.get("Metadata", {})}
+        if size <= COPY_BYTES:
+            whole = name | source | metadata | {"MetadataDirective": "REPLACE"}
+            self.store.request(f"copying {key}", lambda _: client.copy_object(**whole))
+            return
+        name["UploadId"] = self._begin(name, key, metadata)
+
+        def copy(number: int, start: int) -> dict[str, Any]:
+            span = {"PartNumber": number, "CopySourceRange": f"bytes={start}-{min(start + COPY_BYTES, size) - 1}"}
+            answer = self.store.request(f"copying {key}", lambda _: client.upload_part_copy(**name, **source, **span))
+            return {"PartNumber": number, "ETag": answer["CopyPartResult"]["ETag"]}
+
+        tasks = [self.store.pool.submit(copy, *part) for part in enumerate(range(0, size, COPY_BYTES), 1)]
+        self._complete(name, key, size, settle(tasks))
 
 
 def _same(stored: dict[str, Any], data: bytes) -> bool:

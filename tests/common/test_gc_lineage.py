@@ -3,17 +3,22 @@
 import json
 import os
 import threading
-from datetime import datetime, timedelta
+import time
+import uuid
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from components.common import artifacts, gc, lineage
+from components.common import artifacts, gc, lineage, transfer
 from components.common.errors import ArtifactError, ArtifactNotFound, SettingsError
 from components.common.integrity import blob_key
 from components.common.manifest import Kind, Manifest, Producer, file_digest
+from components.common.s3_store import S3Store
 from components.common.settings import RunContext
-from components.common.store import FileStore, Store
+from components.common.store import FileStore, Store, open_store
+from tests.common.conftest import store_url
 
 LONG_AGO = timedelta(days=3)
 
@@ -152,6 +157,36 @@ def test_old_weights_go_and_the_history_stays(tmp_path: Path) -> None:
     assert len(lineage.history(store)) == before
 
 
+def test_an_evaluation_that_ends_after_the_next_policy_does_not_outlive_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Policy 1 is there, then evaluation 0 ends, and the run is stopped: the newest iteration is 1."""
+    clock = iter(datetime(2026, 1, 1, tzinfo=UTC) + timedelta(minutes=minute) for minute in range(60))
+    monkeypatch.setattr(artifacts, "now", lambda: next(clock))
+    store = FileStore(tmp_path / "store")
+    tune = FineTune(store, tmp_path / "files")
+    made = [tune.make(kind, iteration, {}) for kind, iteration in (("policy", 0), ("scored", 0), ("policy", 1))]
+    evaluation = tune.make("evaluation", 0, {})
+    assert made[-1].created < evaluation.created
+    monkeypatch.undo()
+    age(store)
+    plan = gc.plan(store, keep_last=1)
+    assert {stat.key for stat in plan.sweep} == keys(*made[:2])
+    assert plan.live == {"tune/run-0001/0001/policy", "tune/run-0001/0000/evaluation"}
+
+
+def test_an_old_run_that_is_resumed_works_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(datetime(2026, 1, 1, tzinfo=UTC) + timedelta(minutes=minute) for minute in range(60))
+    monkeypatch.setattr(artifacts, "now", lambda: next(clock))
+    store = FileStore(tmp_path / "store")
+    first, second = (FineTune(store, tmp_path / name, run=name) for name in ("run-0001", "run-0002"))
+    made = [tune.make("policy", number, {}) for tune, number in ((first, 5), (second, 9), (first, 6))]
+    monkeypatch.undo()
+    age(store)
+    assert {stat.key for stat in gc.plan(store, keep_last=1).sweep} == keys(made[0], made[1])
+    assert {stat.key for stat in gc.plan(store, keep_last=2).sweep} == keys(made[1])
+
+
 def test_a_dry_plan_changes_nothing(tmp_path: Path) -> None:
     store = FileStore(tmp_path / "store")
     FineTune(store, tmp_path / "files").train(4)
@@ -242,6 +277,105 @@ def test_a_blob_published_again_meanwhile_is_spared(tmp_path: Path) -> None:
     artifacts.fetch(store, again, tmp_path / "fetched")
 
 
+def test_files_of_an_old_artifact_taken_over_meanwhile_are_spared(store: Store, tmp_path: Path) -> None:
+    """The collector has its plan; then another fine-tune starts from the old policy: no byte is sent, and none goes."""
+    tune = FineTune(store, tmp_path / "files")
+    old = tune.make("policy", 0, {}, text="weights")
+    tune.make("policy", 1, {}, text="others")
+    grace = timedelta(seconds=-10)  # everything is old
+    plan = gc.plan(store, keep_last=1, grace=grace)
+    assert {stat.key for stat in plan.sweep} == keys(old)
+    again = artifacts.publish(
+        store, context(fine_tune="other"), name="policy", kind="policy", files={}, reuse=old.files, iteration=0,
+        producer=Producer(stage="configure", key="k", settings_digest="", code_version="1"),
+    )  # fmt: skip
+    assert gc.sweep(store, plan, grace=grace) == 0
+    artifacts.fetch(store, again, tmp_path / "fetched")
+
+
+def test_old_blobs_that_a_manifest_names_become_young(store: Store, tmp_path: Path, monkeypatch: Any) -> None:
+    """Of its files and of its metadata, before the manifest is there: a collector may have its plan already."""
+    tune = FineTune(store, tmp_path / "files")
+    old = [tune.make("policy", number, {}, text=f"weights {number}") for number in range(2)]
+    before = {key: store.stat(key) for key in keys(*old)}
+    time.sleep(1.1)  # servers tell times in seconds
+    monkeypatch.setattr(artifacts, "REFRESH_AFTER", timedelta(seconds=-60))
+    artifacts.publish(
+        store, context(fine_tune="other"), name="policy", kind="policy", files={}, reuse=old[0].files, iteration=0,
+        producer=Producer(stage="configure", key="k", settings_digest="", code_version="1"),
+        metadata={"base": [file.model_dump() for file in old[1].files]},
+    )  # fmt: skip
+    for key, was in before.items():
+        found = store.stat(key)
+        assert was and found and found.modified > was.modified, key
+    for number, manifest in enumerate(old):
+        artifacts.fetch(store, manifest, tmp_path / "fetched")
+        assert (tmp_path / "fetched" / "file").read_text() == f"weights {number}"
+
+
+@pytest.mark.parametrize("kind", ["moto", "rgw"])
+def test_a_large_object_becomes_young_in_ranges(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "COPY_BYTES", 5 << 20)
+    store = open_store(store_url(kind, request, "&part_mib=5"))
+    (tmp_path / "file").write_bytes(os.urandom((11 << 20) + 7))
+    key = blob_key(file_digest(tmp_path / "file"))
+    store.put_file(tmp_path / "file", key)
+    before = store.stat(key)
+    time.sleep(1.1)
+    store.touch(key)
+    after = store.stat(key)
+    assert before and after and after.modified > before.modified
+    store.get_file(key, tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == (tmp_path / "file").read_bytes()
+    with pytest.raises(ArtifactNotFound):
+        store.touch("nothing")
+
+
+def test_a_blob_written_again_between_two_attempts_to_delete_it_is_spared(moto_endpoint: str, tmp_path: Path) -> None:
+    """The first request to delete is answered with SlowDown; before the second a run publishes the content again."""
+    from botocore.exceptions import ClientError
+
+    store = open_store(f"s3://grpo/{uuid.uuid4().hex}?endpoint={moto_endpoint}")
+    assert isinstance(store, S3Store)
+    tune = FineTune(store, tmp_path / "files")
+    old = tune.make("policy", 0, {}, text="weights")
+    tune.make("policy", 1, {}, text="others")
+    time.sleep(1.1)
+    cutoff = datetime.now(UTC).replace(microsecond=0)
+    real, asked = store.client.delete_object, []
+
+    def slow_down(**what: str) -> None:
+        asked.append(what)
+        if len(asked) > 1:
+            return real(**what)
+        store.put_bytes(b"weights", old.files[0].key)
+        answer = {"Error": {"Code": "SlowDown"}, "ResponseMetadata": {"HTTPStatusCode": 503}}
+        raise ClientError(answer, "DeleteObject")
+
+    store.client.delete_object = slow_down
+    assert store.delete(old.files[0].key, before=cutoff) is False
+    assert len(asked) == 1
+    artifacts.fetch(store, old, tmp_path / "fetched")
+    assert store.delete(old.files[0].key) is True
+
+
+def test_a_manifest_whose_blob_went_as_it_was_written_is_taken_back(tmp_path: Path) -> None:
+    class Late(FileStore):
+        """A collector's request to delete, sent long ago, arrives together with the manifest."""
+
+        def put_bytes(self, data: bytes, key: str, *, if_absent: bool = False) -> bool:
+            for stat in list(self.list("blobs/")):
+                self.delete(stat.key)
+            return super().put_bytes(data, key, if_absent=if_absent)
+
+    store = Late(tmp_path / "store")
+    with pytest.raises(ArtifactNotFound, match="is gone, collected or deleted"):
+        FineTune(store, tmp_path / "files").make("policy", 0, {})
+    assert list(store.list("manifests/")) == []
+
+
 def test_publishing_and_collecting_at_once_lose_nothing(tmp_path: Path) -> None:
     """One thread publishes content that is old garbage already; another collects without pause."""
     store = FileStore(tmp_path / "store")
@@ -284,6 +418,9 @@ def test_nothing_goes_while_a_manifest_cannot_be_read(tmp_path: Path) -> None:
     store.put_bytes(b"{", "pointers/tune/champion.json")
     with pytest.raises(ArtifactError, match="is not a pointer"):
         gc.plan(store, keep_last=1)
+    store.put_bytes(b"[1]", "pointers/tune/champion.json")
+    with pytest.raises(ArtifactError, match="is not a pointer"):
+        gc.plan(store, keep_last=1)
 
 
 def test_keeping_nothing_is_refused(tmp_path: Path) -> None:
@@ -301,9 +438,29 @@ def test_what_died_while_being_written_goes_too(tmp_path: Path) -> None:
     assert not left.exists()
 
 
-def test_unfinished_uploads_of_a_bucket_go_too(rgw_store: Store, tmp_path: Path) -> None:
-    from components.common.s3_store import S3Store
+def test_a_temporary_file_that_its_writer_renames_meanwhile_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FileStore(tmp_path / "store")
+    store.put_bytes(b"x", "name")
+    real = Path.rglob
 
+    def listed(self: Path, pattern: str) -> list[Path]:
+        return [*real(self, pattern), store.root / ".tmp-renamed"]
+
+    monkeypatch.setattr(Path, "rglob", listed)
+    assert list(store.abandoned(datetime.now(UTC))) == []
+
+
+def test_what_an_update_left_for_its_other_nodes_goes_too(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    store.put_bytes(b"[]", "parts/0123/00001.json")
+    assert [stat.key for stat in gc.plan(store, keep_last=1).young] == ["parts/0123/00001.json"]
+    gc.sweep(store, gc.plan(store, keep_last=1, grace=timedelta(-1)), grace=timedelta(-1))
+    assert list(store.list("parts/")) == []
+
+
+def test_unfinished_uploads_of_a_bucket_go_too(rgw_store: Store, tmp_path: Path) -> None:
     assert isinstance(rgw_store, S3Store)
     (tmp_path / "file").write_bytes(b"x")
     key = blob_key(file_digest(tmp_path / "file"))

@@ -73,7 +73,7 @@ def test_fetch_brings_verified_files(tmp_path: Path, made: dict[str, Manifest]) 
 
 
 def test_verify_finds_what_is_missing_and_what_changed(tmp_path: Path, made: dict[str, Manifest]) -> None:
-    assert grpo(tmp_path, "verify") == (0, "4 objects, 71 B, 0 missing or changed\n")
+    assert grpo(tmp_path, "verify") == (0, "4 objects, 71 B, 0 missing or changed; 0 collected\n")
     store = FileStore(tmp_path / "store")
     store.delete(made["scored"].files[0].key)
     place = store.path(made["policy1"].files[0].key)
@@ -93,7 +93,22 @@ def test_gc_says_what_it_would_do_and_does_it(tmp_path: Path, made: dict[str, Ma
     assert grpo(tmp_path, "verify")[0] == 0
     _, text = grpo(tmp_path, "gc", "--keep-last", "1", "--grace-hours", "-1")
     assert "freed 35 B" in text
-    assert f"{key}: missing" in grpo(tmp_path, "verify")[1]
+
+
+def test_what_was_collected_is_no_loss_and_what_was_lost_is(tmp_path: Path, made: dict[str, Manifest]) -> None:
+    grpo(tmp_path, "gc", "--keep-last", "1", "--grace-hours", "-1")
+    code, text = grpo(tmp_path, "verify", "--keep-last", "1")
+    assert code == 0 and "2 objects, 36 B, 0 missing or changed; 2 collected" in text
+    assert f"{made['policy0'].files[0].key}: collected" in text
+    stored = {line.split()[0]: line.split()[5:-2] for line in grpo(tmp_path, "ls")[1].splitlines()[1:]}
+    assert stored == {
+        "tune/run-0001/run/prompts": ["18", "B"], "tune/run-0001/0001/policy": ["18", "B"],
+        "tune/run-0001/0000/policy": ["gone"], "tune/run-0001/0000/scored": ["gone"],
+    }  # fmt: skip
+    FileStore(tmp_path / "store").delete(made["policy1"].files[0].key)
+    code, text = grpo(tmp_path, "verify", "--keep-last", "1")
+    assert code == 1 and f"{made['policy1'].files[0].key}: missing" in text
+    assert grpo(tmp_path, "verify", "tune/run-0002") == (0, "0 objects, 0 B, 0 missing or changed; 0 collected\n")
 
 
 def test_a_wrong_folder_is_said_so(tmp_path: Path) -> None:

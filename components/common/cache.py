@@ -157,7 +157,7 @@ class NodeCache:
         except FileNotFoundError:
             return False
         fcntl.flock(handle, fcntl.LOCK_SH)
-        good = os.fstat(handle).st_nlink > 0 and digest in (None, file_digest(path))
+        good = os.fstat(handle).st_nlink > 0 and (digest is None or file_digest(path) == digest)
         if not good:
             if path.exists():
                 log.warning("the cache held a changed %s; it is fetched again", path)

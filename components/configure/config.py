@@ -73,6 +73,17 @@ class RunSettings(Settings):
                 f"got {self.evaluate.correct_reward!r}"
             )
 
+        buffer, limit = self.update.overlong_buffer, self.rollout.max_completion_length
+        if buffer > limit:
+            yield (
+                f"update.overlong_buffer: the stretch before the length limit must be within "
+                f"rollout.max_completion_length = {limit}, got {buffer}"
+            )
+        if buffer and any(function.name == "soft_overlong" for function in self.reward.functions):
+            yield (
+                "update.overlong_buffer and the reward function soft_overlong both punish long completions: remove one"
+            )
+
     def context(self, *, run: str, first_iteration: int) -> RunContext:
         """The part every stage is told."""
         return RunContext(

@@ -10,6 +10,8 @@ from typing import Literal
 
 import numpy as np
 
+from components.common.errors import DataError
+
 Scale = Literal["group", "batch", "none"]
 Baseline = Literal["mean", "leave_one_out"]
 Combine = Literal["sum_then_normalize", "normalize_then_sum"]
@@ -73,12 +75,7 @@ def group_advantages(
     scored_S = ~np.isnan(columns_SR).all(axis=1)
     rewards_S = np.where(scored_S, np.nansum(columns_SR * weights_R, axis=1), np.nan)
     if combine == "normalize_then_sum":
-        normal_SR = np.stack(
-            [_normalised(column_S, index_S, "group", baseline, epsilon)[0] for column_S in columns_SR.T], axis=1
-        )
-        signal_S = np.nansum(normal_SR * weights_R, axis=1)
-        _, spread_G, count_G = _moments(np.where(scored_S, signal_S, np.nan), index_S)
-        advantages_S = signal_S / (_std(signal_S[scored_S]) + epsilon)
+        advantages_S, spread_G, count_G = _each_normalised(columns_SR, weights_R, index_S, baseline, epsilon)
     elif combine == "sum_then_normalize":
         advantages_S, spread_G, count_G = _normalised(rewards_S, index_S, scale, baseline, epsilon)
     else:
@@ -93,12 +90,23 @@ def _columns(rewards: np.ndarray, reward_weights: np.ndarray | None) -> tuple[np
     columns_SR = np.asarray(rewards, dtype=np.float64)
     columns_SR = columns_SR[:, None] if columns_SR.ndim == 1 else columns_SR
     if np.isinf(columns_SR).any():
-        raise ValueError("a reward is infinite: every group it is in would have no mean; return None instead")
+        raise DataError("a reward is infinite: its group would have no mean; have the reward function return None")
     num_functions = columns_SR.shape[1]
     weights_R = np.ones(num_functions) if reward_weights is None else np.asarray(reward_weights, dtype=np.float64)
     if weights_R.shape != (num_functions,):
         raise ValueError(f"{num_functions} reward columns need {num_functions} weights, got {weights_R.shape[0]}")
     return columns_SR, weights_R
+
+
+def _each_normalised(
+    columns_SR: np.ndarray, weights_R: np.ndarray, index_S: np.ndarray, baseline: Baseline, epsilon: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """GDPO's advantages, and each group's spread and number of rewards."""
+    scored_S = ~np.isnan(columns_SR).all(axis=1)
+    normal_RS = [_normalised(column_S, index_S, "group", baseline, epsilon)[0] for column_S in columns_SR.T]
+    signal_S = np.nansum(np.stack(normal_RS, axis=1) * weights_R, axis=1)
+    _, spread_G, count_G = _moments(np.where(scored_S, signal_S, np.nan), index_S)
+    return signal_S / (_std(signal_S[scored_S]) + epsilon), spread_G, count_G
 
 
 def _normalised(

@@ -4,7 +4,7 @@ A parameter's state lies scattered over ranks differently for each ZeRO stage an
 does not depend on that: a piece is a run of elements of one named, flattened parameter. Whoever loads takes from all
 pieces the elements its own layout wants.
 
-    optimizer.json                          Adam's step, number of ranks
+    optimizer.json                          Adam's step (of the critic too), number of ranks
     optimizer-00000-of-00002.safetensors    tensors `<kind>/<parameter>@<first element>`;
                                             kinds exp_avg, exp_avg_sq, master
     critic-00000-of-00002.safetensors       the same of PPO's critic
@@ -70,21 +70,23 @@ def save(
 
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, dict[str, Tensor]] = {"optimizer": {}}
-    step = 0
+    steps = {"optimizer": 0, "critic": 0}
     for number, fragment in enumerate(fragments):
         state = optimizer.state.get(fragment.flat, {})
-        step = int(state.get("step", step))
+        owner = _owner(fragment.name)
+        steps[owner] = int(state.get("step", steps[owner]))
         if shared and number % world_size != rank:
             continue
         kinds = {kind: state[kind] if state else torch.zeros_like(fragment.flat) for kind in MOMENTS}
         kinds |= {MASTER: fragment.flat} if masters(fragment.name) else {}
-        tensors = files.setdefault("critic" if fragment.name.startswith(CRITIC) else "optimizer", {})
+        tensors = files.setdefault(owner, {})
         for kind, tensor in kinds.items():
             tensors[f"{kind}/{fragment.name}@{fragment.start}"] = fragment.of(tensor).cpu().contiguous()
     for name, tensors in files.items():
         save_file(tensors, folder / f"{name}-{rank:05d}-of-{world_size:05d}.safetensors")
     if rank == 0:
-        (folder / INDEX).write_text(json.dumps({"format": 1, "step": step, "num_ranks": world_size}))
+        index = {"format": 1, "step": steps["optimizer"], "critic_step": steps["critic"], "num_ranks": world_size}
+        (folder / INDEX).write_text(json.dumps(index))
 
 
 def load_masters(folder: Path, names: dict[Tensor, str]) -> None:
@@ -105,12 +107,18 @@ def restore(folder: Path, fragments: Iterable[Fragment], optimizer: torch.optim.
         for fragment in fragments:
             state = optimizer.state[fragment.flat]
             if "step" not in state:
-                state["step"] = torch.tensor(float(pieces.step), device=_step_device(optimizer, fragment.flat))
+                step = pieces.steps[_owner(fragment.name)]
+                state["step"] = torch.tensor(float(step), device=_step_device(optimizer, fragment.flat))
                 state |= {kind: torch.zeros_like(fragment.flat, requires_grad=False) for kind in MOMENTS}
             for kind in MOMENTS:
                 pieces.read(kind, fragment, fragment.of(state[kind]))
             if masters(fragment.name):
                 pieces.read(MASTER, fragment, fragment.of(fragment.flat))
+
+
+def has_critic(folder: Path) -> bool:
+    """Whether a critic was trained beside the policy."""
+    return any(folder.glob("critic-*.safetensors"))
 
 
 class Pieces:
@@ -120,7 +128,8 @@ class Pieces:
         from safetensors import safe_open
 
         try:
-            self.step = int(json.loads((folder / INDEX).read_text())["step"])
+            index = json.loads((folder / INDEX).read_text())
+            self.steps = {"optimizer": int(index["step"]), "critic": int(index.get("critic_step", 0))}
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"optimizer state has no usable {INDEX} ({error}); set carry_optimizer = false") from None
         self.files = [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]
@@ -168,6 +177,11 @@ def fragments(engine: Any, names: dict[Tensor, str], *, rank: int) -> list[Fragm
         elif parameter._hp_mapping is not None:
             found.append(_of_partition(engine.optimizer, parameter, name))
     return found
+
+
+def _owner(name: str) -> str:
+    """Whose state a parameter's is: its files' name begins so."""
+    return "critic" if name.startswith(CRITIC) else "optimizer"
 
 
 def _of_partition(optimizer: Any, parameter: Tensor, name: str) -> Fragment:

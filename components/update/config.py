@@ -129,7 +129,7 @@ class UpdateSettings(Settings):
     adam_epsilon: float = Field(default=1e-8, gt=0)
     """Added to the root of AdamW's second moment."""
     max_grad_norm: float = Field(default=1.0, ge=0)
-    """Gradients with a larger norm are scaled down to it; 0: never."""
+    """Gradients with a larger norm are scaled down to it, PPO's of policy and critic as one; 0: never."""
     carry_optimizer: bool = True
     """Take AdamW's moments (and float32 master weights) over from the last iteration; else they start anew."""
     optimizer_every: int = Field(default=1, ge=1)
@@ -180,7 +180,11 @@ class UpdateSettings(Settings):
         return self
 
     def _contradictions(self) -> list[tuple[bool, str]]:
-        on_reward = self.kl_in == "reward"
+        return [*self._algorithm(), *self._without_effect(), *self._engine(), *self._lora()]
+
+    def _algorithm(self) -> list[tuple[bool, str]]:
+        on_reward, ppo = self.kl_in == "reward", self.algorithm == "ppo"
+        several = self.reward_combination != "sum_then_normalize"
         return [
             (self.beta > 0 and not on_reward and self.kl_estimator == "k1" and not self.kl_ratio,
              "k1 alone has a gradient of mean zero in the loss; set kl_ratio = true, kl_estimator = \"k3\", or "
@@ -188,6 +192,40 @@ class UpdateSettings(Settings):
             (self.schedule != "constant" and self.schedule_steps <= self.warmup_steps,
              f"schedule = \"{self.schedule}\" needs schedule_steps above warmup_steps = {self.warmup_steps}, "
              f"got {self.schedule_steps}; count the optimizer steps of the whole fine-tune"),
+            (self.health.max_kl is not None and self.beta == 0,
+             "health.max_kl needs the reference model; set beta above 0 (1e-6 hardly steers), or remove max_kl"),
+            (ppo and not (self.carry_optimizer and self.optimizer_every == 1),
+             "algorithm = \"ppo\" keeps its critic beside the optimizer state; leave carry_optimizer = true, "
+             "optimizer_every = 1"),
+            (ppo and several,
+             "algorithm = \"ppo\" has one reward a completion; set reward_combination = \"sum_then_normalize\""),
+            (on_reward and self.beta > 0 and several,
+             "kl_in = \"reward\" takes the penalty from one total; set reward_combination = \"sum_then_normalize\""),
+            (ppo and self.loss_type == "gspo",
+             "algorithm = \"ppo\" has an advantage a token, gspo a ratio a sequence; set loss_type = \"dapo\""),
+        ]  # fmt: skip
+
+    def _without_effect(self) -> list[tuple[bool, str]]:
+        """Settings that another one switches off: refused rather than ignored."""
+        group_baseline = self._changed("advantage_baseline") or self._changed("advantage_scale")
+        return [
+            (self.correction_floor is not None and self.correction == "none",
+             "correction_floor has no effect with correction = \"none\"; remove one of the two"),
+            (self._changed("correction_cap") and self.correction == "none",
+             "correction_cap has no effect with correction = \"none\"; remove one of the two"),
+            (self.dual_clip is not None and self.loss_type == "cispo",
+             "dual_clip has no effect with loss_type = \"cispo\", which bounds every token's weight; remove dual_clip"),
+            (group_baseline and self.algorithm == "ppo",
+             "advantage_baseline and advantage_scale are of groups, algorithm = \"ppo\" has a critic; remove them"),
+            (self._changed("advantage_scale") and self.reward_combination == "normalize_then_sum",
+             "advantage_scale has no effect with reward_combination = \"normalize_then_sum\", which has its own; "
+             "remove one of the two"),
+            (self.kl_ratio and self.kl_in == "reward",
+             "kl_ratio is of the penalty in the loss and has no effect with kl_in = \"reward\"; remove one of the two"),
+        ]  # fmt: skip
+
+    def _engine(self) -> list[tuple[bool, str]]:
+        return [
             (self.num_processes != "auto" and self.num_processes < 1,
              f"num_processes must be \"auto\" or at least 1, got {self.num_processes}"),
             (self.max_tokens_per_microbatch != "auto" and self.max_tokens_per_microbatch < 1,
@@ -197,26 +235,21 @@ class UpdateSettings(Settings):
             (self.offload_optimizer and self.zero_stage == 0,
              "offload_optimizer needs zero_stage 1, 2 or 3; set zero_stage = 1"),
             (self.offload_parameters and self.zero_stage != 3, "offload_parameters needs zero_stage = 3"),
-            (self.health.max_kl is not None and self.beta == 0,
-             "health.max_kl needs the reference model; set beta above 0 (1e-6 hardly steers), or remove max_kl"),
-            (self.algorithm == "ppo" and self.lora.rank > 0,
-             "algorithm = \"ppo\" trains all weights; set lora.rank = 0"),
-            (self.algorithm == "ppo" and not (self.carry_optimizer and self.optimizer_every == 1),
-             "algorithm = \"ppo\" keeps its critic beside the optimizer state; leave carry_optimizer = true, "
-             "optimizer_every = 1"),
-            (self.algorithm == "ppo" and self.reward_combination != "sum_then_normalize",
-             "algorithm = \"ppo\" has one reward a completion; set reward_combination = \"sum_then_normalize\""),
-            (on_reward and self.beta > 0 and self.reward_combination != "sum_then_normalize",
-             "kl_in = \"reward\" takes the penalty from one total; set reward_combination = \"sum_then_normalize\""),
-            (self.algorithm == "ppo" and self.loss_type == "gspo",
-             "algorithm = \"ppo\" has an advantage a token, gspo a ratio a sequence; set loss_type = \"dapo\""),
-            (self.lora.rank > 0 and not self.carry_optimizer,
+        ]  # fmt: skip
+
+    def _lora(self) -> list[tuple[bool, str]]:
+        if not self.lora.rank:
+            return []
+        return [
+            (self.algorithm == "ppo", "algorithm = \"ppo\" trains all weights; set lora.rank = 0"),
+            (not self.carry_optimizer,
              "a merged policy's adapter is kept with the optimizer state; leave carry_optimizer = true"),
-            (self.lora.rank > 0 and self.lora.publish == "merged" and self.optimizer_every > 1,
+            (self.lora.publish == "merged" and self.optimizer_every > 1,
              "a merged policy's adapter is kept with the optimizer state; set optimizer_every = 1, or "
              "lora.publish = \"adapter\""),
-            (self.lora.rank > 0 and self.zero_stage == 3,
-             "LoRA leaves little to divide and runs with zero_stage 0 to 2; set zero_stage = 2"),
-            (self.correction_floor is not None and self.correction == "none",
-             "correction_floor has no effect with correction = \"none\"; remove one of the two"),
+            (self.zero_stage == 3, "LoRA leaves little to divide and runs with zero_stage 0 to 2; set zero_stage = 2"),
         ]  # fmt: skip
+
+    def _changed(self, name: str) -> bool:
+        """Whether a setting differs from its default; stages read settings back with every field set."""
+        return getattr(self, name) != type(self).model_fields[name].default

@@ -64,21 +64,6 @@ def off_policy_correction(
     return Correction(ratio[sequence_N] if by_sequence else ratio, ratio, difference_N.abs())
 
 
-def correction_metrics(difference_N: Tensor, ratio: Tensor) -> dict[str, float]:
-    """TRL's names, from the tensors of the whole optimizer batch (concatenate the micro-batches' and ranks')."""
-    known_N = difference_N[~torch.isnan(difference_N)]
-    names = "sampling/sampling_logp_difference", "sampling/importance_sampling_ratio"
-    if known_N.numel() == 0 or ratio.numel() == 0:
-        return {}
-    return {
-        f"{names[0]}/mean": known_N.mean().item(),
-        f"{names[0]}/max": known_N.max().item(),
-        f"{names[1]}/min": ratio.min().item(),
-        f"{names[1]}/mean": ratio.mean().item(),
-        f"{names[1]}/max": ratio.max().item(),
-    }
-
-
 def _mask(ratio: Tensor, floor: float | None, cap: float) -> Tensor:
     outside = ratio > cap if floor is None else (ratio > cap) | (ratio < floor)
     return ratio.masked_fill(outside, 0.0)

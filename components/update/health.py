@@ -18,15 +18,25 @@ def check_zero_std_share(settings: UpdateSettings, share: float) -> None:
 
 def check_figures(settings: UpdateSettings, figures: Mapping[str, float]) -> None:
     """After the last optimizer step, before anything is written. Raises HealthError naming the limit crossed."""
+    for name, limit, sign, setting, mend in _limits(settings):
+        value = figures.get(name)
+        if value is not None and not sign * (value - limit) <= 0:  # NaN and infinity are no healthy figures either
+            raise HealthError(f"{name} is {value:.4g} (health.{setting} = {limit:g}); {mend}")
+
+
+def unchecked(settings: UpdateSettings, figures: Mapping[str, float]) -> list[str]:
+    """Settings of limits whose figure is not there: no step was taken, or the sampler gave no log-probabilities."""
+    return [f"health.{setting}" for name, _, _, setting, _ in _limits(settings) if name not in figures]
+
+
+def _limits(settings: UpdateSettings) -> list[tuple[str, float, int, str, str]]:
+    """Of each limit that is set: the figure, its limit, 1 for a highest and -1 for a lowest, the setting, the mend."""
     health = settings.health
-    difference = "sampling/sampling_logp_difference/mean"
     limits = [
         ("kl", health.max_kl, 1, "max_kl", "the policy has left the reference: raise beta or lower learning_rate"),
-        (difference, health.max_logp_difference, 1, "max_logp_difference",
+        ("sampling/sampling_logp_difference/mean", health.max_logp_difference, 1, "max_logp_difference",
          "sampler and trainer disagree: check that both read the same weights, type and sampling parameters"),
         ("entropy", health.min_entropy, -1, "min_entropy",
          "sampling has collapsed: raise entropy_coefficient or epsilon_high, or lower learning_rate"),
     ]  # fmt: skip
-    for name, limit, sign, setting, mend in limits:
-        if limit is not None and name in figures and sign * (figures[name] - limit) > 0:
-            raise HealthError(f"{name} is {figures[name]:.4g} (health.{setting} = {limit:g}); {mend}")
+    return [(name, limit, *rest) for name, limit, *rest in limits if limit is not None]

@@ -26,6 +26,11 @@ def fetch_policy(stage: UpdateStage) -> Path:
 def read(stage: UpdateStage, folder: Path) -> tuple[Batch, dict[str, float]]:
     """The batch with its advantages, and the figures known before any model is loaded."""
     policy, scored, settings = stage.manifest("policy"), stage.manifest("scored"), stage.settings
+    if has_adapter(policy) and not settings.lora.rank:
+        raise DataError(
+            "the policy is an adapter on base weights and lora.rank is 0: set lora.rank and lora.alpha as they were to "
+            "go on with it, or start from a run's last policy, which is merged"
+        )
     allowed = [policy.digest]
     if stage.context.staleness and "policy" in policy.parents:
         allowed.append(policy.parents["policy"])
@@ -87,6 +92,11 @@ def merges(stage: UpdateStage) -> bool:
     return lora.rank > 0 and (lora.publish == "merged" or done == stage.context.last_iteration)
 
 
+def has_adapter(policy: Manifest) -> bool:
+    """Whether a policy is an adapter beside base weights."""
+    return any(name.startswith("adapter/") for name in policy.names)
+
+
 def base_weights(stage: UpdateStage) -> list[File]:
     """Weights under the adapter: the policy's own, or, of a merged policy, those the optimizer state remembers."""
     policy, state = stage.manifest("policy"), stage.manifest("optimizer")
@@ -129,7 +139,7 @@ def _fetch_adapter(stage: UpdateStage) -> tuple[str, bool]:
         changed = policy.model_copy(update={"files": tuple(base_weights(stage))})
         stage.fetch_manifest(changed, "policy")
         stage.fetch_manifest(state, ".", [name for name in state.names if name.startswith("adapter/")])
-    elif any(name.startswith("adapter/") for name in policy.names):
+    elif has_adapter(policy):
         stage.fetch_manifest(policy, ".", [name for name in policy.names if name.startswith("adapter/")])
     else:
         return "fresh", _same_weights(stage, policy.files)
@@ -144,7 +154,7 @@ def _adapter_beside_optimizer(policy: Manifest, state: Manifest) -> bool:
 def _same_weights(stage: UpdateStage, files: Any) -> bool:
     """Whether the reference model's weights are exactly these files."""
     other = reference(stage)
-    if any(name.startswith("adapter/") for name in other.names):
+    if has_adapter(other):
         return False
     digests = [{file.digest for file in group if is_weights(file.name)} for group in (files, other.files)]
     return digests[0] == digests[1]

@@ -5,6 +5,7 @@ process must not be forked once CUDA is in use, so on GPUs they are started anew
 from torchrun's `PET_*` variables, as Kubeflow Trainer sets them; without them it is this machine.
 """
 
+import logging
 import os
 import signal
 import threading
@@ -127,6 +128,8 @@ def _config(job: Job, logs: Path) -> tuple[Any, Any]:
     config.start_method = "fork" if job.device == "cpu" else "spawn"
     config.logs_specs = DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL)
     config.shutdown_timeout = GRACE_SECONDS
+    # how a worker ended is told by `_explain`: torchrun's tracebacks before it would be of torchrun
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     return config, store
 
 

@@ -41,6 +41,13 @@ def attach(policy: nn.Module, settings: LoraSettings, folder: Path | None) -> An
     return peft_model
 
 
+def switch_on(model: nn.Module, folder: Path) -> None:
+    """Puts a stored adapter on a model that is only read, in place."""
+    from peft import PeftModel
+
+    PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
+
+
 def _load(peft_model: Any, folder: Path, settings: LoraSettings) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file

@@ -1,6 +1,5 @@
 """Figures of an update, gathered over micro-batches, optimizer steps and ranks, under the names TRL's users know."""
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -46,8 +45,15 @@ class Meter:
         """Adds values to a minimum."""
         self.max(f"-{name}", -values)
 
+    def take(self, other: "Meter") -> None:
+        """Adds all that another meter holds."""
+        for name, total in other.sums.items():
+            self.add(name, total, other.counts[name])
+        for name, value in other.largest.items():
+            self.max(name, value)
+
     def read(self) -> dict[str, float]:
-        """The figures over all ranks, those that are finite; every rank calls, with whatever names it has."""
+        """The figures over all ranks; every rank calls, with whatever names it has."""
         names = self._all_names()
         totals = torch.zeros(len(names), 2, dtype=torch.float64, device=self.device)
         largest = torch.full((len(names),), -torch.inf, dtype=torch.float64, device=self.device)
@@ -64,7 +70,7 @@ class Meter:
                 figures[name] = total / count
             elif maximum > -torch.inf:
                 figures[name.removeprefix("-")] = -maximum if name.startswith("-") else maximum
-        return {name: value for name, value in figures.items() if math.isfinite(value)}
+        return figures
 
     def _all_names(self) -> list[str]:
         """Names any rank has: one with idle micro-batches only has none."""

@@ -1,12 +1,18 @@
 """The update stage: from a policy and its scored rollouts to the next policy."""
 
+import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from components.common.manifest import File, Manifest, content_digest
 from components.common.patched import upload_policy
 from components.common.stage import Stage, run_stage
 from components.update.config import UpdateSettings
+
+if TYPE_CHECKING:
+    from components.update.batching import Batch
+
+log = logging.getLogger("grpo")
 
 POLICY_NAME, OPTIMIZER_NAME = "policy", "optimizer"
 """Names of the outputs in the store, the same ones the start policy and the empty optimizer state have."""
@@ -49,18 +55,22 @@ def _update(stage: Stage[UpdateSettings]) -> None:
         trainjob.run(stage)
         return
     from components.update import inputs
+    from components.update.health import unchecked
     from components.update.launch import Preload, launch
 
     preload = Preload()
     try:
         folder = inputs.fetch_policy(stage)
         batch, figures = inputs.read(stage, folder)
-        idle = not batch.keep.any()
+        merging = inputs.merges(stage) and inputs.has_adapter(stage.manifest("policy"))  # even without a step
+        idle = not batch.keep.any() and not merging
         if not idle:
             job = inputs.prepare(stage, folder)
             batch.save(stage.work_dir / "batch.npz")
     finally:
         preload.wait()
+    if not batch.keep.any():
+        log.warning("%s: no completion has a signal (%s): no optimizer step", stage.task, _why(batch, figures))
     if idle:
         _publish_unchanged(stage, figures)
         return
@@ -69,6 +79,8 @@ def _update(stage: Stage[UpdateSettings]) -> None:
     if result is None:
         nodes.hand_over(stage, state)
     else:
+        if missing := unchecked(stage.settings, result.metrics):
+            log.warning("%s: nothing to check %s with", stage.task, ", ".join(missing))
         counts = {"global_step": result.global_step, "num_skipped": result.num_skipped}
         _publish(stage, figures | result.metrics, counts, state, merged=job.merge)
         nodes.clear(stage)
@@ -111,6 +123,14 @@ def _publish(
         stage.publish("next_optimizer", kind="optimizer", reuse=kept, metadata=metadata)
     metadata = _policy_metadata(stage)
     stage.publish("next_policy", kind="policy", reuse=files, metrics=metrics | figures, metadata=metadata)
+
+
+def _why(batch: "Batch", figures: dict[str, float]) -> str:
+    """Why nothing is trained on."""
+    parts = [f"{figures['frac_reward_zero_std']:.0%} of the groups have equal rewards"]
+    if masked := int(((batch.scored_lengths == 0) & batch.truncated).sum()):
+        parts.append(f"mask_truncated leaves out {masked} of {len(batch.group)} completions that hit the length limit")
+    return ", ".join(parts)
 
 
 def _publish_unchanged(stage: Stage[UpdateSettings], figures: dict[str, float]) -> None:

@@ -3,6 +3,7 @@
 S completions      N completion tokens of a micro-batch      W ranks
 """
 
+import math
 import os
 import time
 from dataclasses import replace
@@ -65,7 +66,8 @@ class Trainer:
         check_figures(self.settings, figures)
         self._save(engine)
         global_step = self.job.global_step + len(steps) - self.num_skipped
-        return Result(metrics=figures, global_step=global_step, num_skipped=self.num_skipped_in_a_row)
+        known = {name: value for name, value in figures.items() if math.isfinite(value)}
+        return Result(metrics=known, global_step=global_step, num_skipped=self.num_skipped_in_a_row)
 
     def _plan(self) -> list[Step]:
         return plan_steps(
@@ -83,13 +85,16 @@ class Trainer:
         model, restore, state = self._model(), self.job.restore, self.folder / "optimizer"
         in_float32 = self.dtype == torch.float32
         names = trainable(model)
+        critic = [parameter for parameter, name in names.items() if name.startswith(checkpoint.CRITIC)]
+        known = names  # after an iteration of another algorithm the critic starts anew
+        if not checkpoint.has_critic(state):
+            known = {parameter: name for parameter, name in names.items() if not name.startswith(checkpoint.CRITIC)}
         if restore != "nothing":  # weights known more exactly than the policy's files tell, and the critic's
-            before = {p: name for p, name in names.items() if self._has_master(name) and (in_float32 or self.is_ppo)}
+            before = {p: name for p, name in known.items() if self._has_master(name) and (in_float32 or self.is_ppo)}
             checkpoint.load_masters(state, before)
-        critic = [p for p, name in names.items() if name.startswith(checkpoint.CRITIC)]
         engine = Engine(model, self.settings, dtype=self.job.dtype, device=self.device, critic=critic)
         if restore != "nothing":
-            pieces = checkpoint.fragments(engine.engine, trainable(model), rank=self.rank)
+            pieces = checkpoint.fragments(engine.engine, known, rank=self.rank)
             checkpoint.restore(state, pieces, engine.optimizer, lambda name: not in_float32 and self._has_master(name))
         return engine
 
@@ -111,18 +116,21 @@ class Trainer:
         return ActorCritic(loaded, Critic(self._load("policy")))
 
     def _reference_logprobs(self) -> np.ndarray:
-        """The reference model's log-probabilities; the model is gone afterwards."""
-        return self._scores(ScoringModel(self._load("reference")).to(self.device), self._kept())[0]
+        """The reference model's log-probabilities, its adapter on; the model is gone afterwards."""
+        reference, adapter = self._load("reference"), self.folder / "reference" / lora.FOLDER
+        if adapter.is_dir():
+            lora.switch_on(reference, adapter)
+        return self._scores(ScoringModel(reference).to(self.device))[0]
 
     def _score_before(self, engine: Engine) -> None:
         """Whatever is to be known of the batch before the first step, without gradients."""
         columns, settings, engine_model = self.columns, self.settings, engine.engine
         if settings.beta > 0 and self.job.adapter_off_is_reference:
             with self.adapter.disable_adapter():
-                columns.reference = self._scores(engine_model, self._kept())[0]
+                columns.reference = self._scores(engine_model)[0]
         kl_in_reward = settings.beta > 0 and settings.kl_in == "reward"
         if self.is_ppo or kl_in_reward or settings.num_epochs * settings.num_minibatches > 1:
-            columns.old, columns.values = self._scores(engine_model, self._kept())
+            columns.old, columns.values = self._scores(engine_model)
         if self.is_ppo:
             from components.update import critic
 
@@ -140,12 +148,19 @@ class Trainer:
         rewards_S = torch.from_numpy(self.batch.rewards[:, 0])
         return penalised_rewards(rewards_S, kl_N, sequence_N, self.settings.beta).numpy()
 
-    def _kept(self) -> np.ndarray:
-        return np.flatnonzero(self.batch.keep)
+    def _to_score(self) -> Batch:
+        """What trains; and where a penalty is part of the reward, truncated completions that are masked from the loss:
+        their reward counts in their group's mean.
+        """
+        if self.is_ppo or self.settings.beta == 0 or self.settings.kl_in != "reward":
+            return self.batch
+        lengths_S, rewarded_S = self.batch.completion_lengths, ~np.isnan(self.batch.rewards[:, 0])
+        return replace(self.batch, scored_lengths=lengths_S, keep=rewarded_S & (lengths_S > 0))
 
-    def _scores(self, model: torch.nn.Module, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Log-probabilities, and a critic's values, of the sequences' tokens; shared over the ranks, 0 elsewhere."""
-        lengths = self.batch.model_lengths
+    def _scores(self, model: torch.nn.Module) -> tuple[np.ndarray, np.ndarray | None]:
+        """Log-probabilities, and a critic's values, of the tokens; shared over the ranks, 0 where nothing is scored."""
+        batch = self._to_score()
+        lengths, sequences = batch.model_lengths, np.flatnonzero(batch.keep)
         parts = cut(
             sequences, lengths[sequences], self.settings.max_tokens_per_microbatch, multiple=self.world_size,
             padded=self.padded,
@@ -153,7 +168,7 @@ class Trainer:
         found = torch.zeros(2, len(self.columns.behaviour))
         with scoring(model) as score:
             for part in deal(parts, lengths, self.world_size)[self.rank]:
-                micro = self._collate(part)
+                micro = self._collate(part, batch)
                 _, logprobs_N, _, *values_N = score(micro, self.job.temperature)
                 found[0, micro.flat_N] = logprobs_N.float().cpu()
                 if values_N:
@@ -163,8 +178,8 @@ class Trainer:
         logprobs, values = shared.cpu().numpy()
         return logprobs, values if self.is_ppo else None
 
-    def _collate(self, sequences: np.ndarray) -> MicroBatch:
-        return collate(self.batch, sequences, padded=self.padded, device=self.device)
+    def _collate(self, sequences: np.ndarray, batch: Batch) -> MicroBatch:
+        return collate(batch, sequences, padded=self.padded, device=self.device)
 
     def _step(self, engine: Engine, step: Step, number: int) -> None:
         """One optimizer step, skipped when its gradient is not finite."""
@@ -174,20 +189,24 @@ class Trainer:
         weights_S[step.members] = sequence_weights(self.settings.loss_type, lengths_S[step.members], totals)
         rate = engine.set_learning_rate(self.job.global_step + number - self.num_skipped)
         micro_batches, loss_sum = step.ranks[self.rank], torch.zeros((), device=self.device)
+        meter = Meter(self.device)  # of a step that is skipped, no figure counts
         for position, sequences in enumerate(micro_batches):
-            loss = self._loss(engine, self._collate(sequences), weights_S, totals)
+            loss = self._loss(engine, self._collate(sequences, self.batch), weights_S, totals, meter)
             loss_sum += loss.detach() / self.world_size
             engine.backward(loss, last=position == len(micro_batches) - 1)
         norm, applied = engine.step()
         self.meter.add("learning_rate", rate, 1)
         if applied:
+            self.meter.take(meter)
             self.meter.add("loss", loss_sum, 1 / self.world_size)
             self.meter.add("grad_norm", norm, 1)
             self.num_skipped_in_a_row = 0
         else:
             self._skip()
 
-    def _loss(self, engine: Engine, micro: MicroBatch, weights_S: np.ndarray, totals: BatchTotals) -> Tensor:
+    def _loss(
+        self, engine: Engine, micro: MicroBatch, weights_S: np.ndarray, totals: BatchTotals, meter: Meter
+    ) -> Tensor:
         """A micro-batch's share of the batch's loss, times the ranks, since DeepSpeed averages over them."""
         objective = Objective(self.settings, has_old=self.columns.old is not None)
         tokens = Tokens.of(self.batch, self.columns, micro, weights_S)
@@ -197,11 +216,11 @@ class Trainer:
         else:
             _, logprobs_N, entropy_N, *values_N = engine.engine(micro, self.job.temperature)
             loss = token_loss(logprobs_N, entropy_N, slice(None))
-        objective.measure(self.meter, micro, tokens, logprobs_N.detach(), entropy_N.detach())
+        objective.measure(meter, micro, tokens, logprobs_N.detach(), entropy_N.detach())
         if values_N:
             from components.update.critic import critic_loss
 
-            share = critic_loss(values_N[0], tokens, self.settings, totals.num_tokens, self.meter)
+            share = critic_loss(values_N[0], tokens, self.settings, totals.num_tokens, meter)
             loss = loss + self.world_size * share
         return loss
 

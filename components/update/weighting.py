@@ -21,6 +21,7 @@ def shape_rewards(batch: Batch, settings: UpdateSettings, max_completion_length:
         penalty_S = settings.overlong_penalty * overlong_penalty(
             batch.completion_lengths, max_completion_length, settings.overlong_buffer
         )
+        penalty_S[np.isnan(rewards_SR).all(axis=1)] = np.nan  # without a reward there is nothing to punish
         alone = rewards_SR.shape[1] == 1 and settings.reward_combination == "sum_then_normalize"
         rewards_SR = rewards_SR + penalty_S[:, None] if alone else np.column_stack([rewards_SR, penalty_S])
     lengths_S = scored_lengths(batch.completion_lengths, batch.truncated, settings.mask_truncated)
@@ -41,10 +42,11 @@ def add_advantages(
     )  # fmt: skip
     signal_S = ~np.isnan(found.rewards_S) if keep_all else found.keep_S
     keep_S = signal_S & (batch.scored_lengths > 0)
+    num_groups = len(found.zero_std_G)
     figures = {
         "frac_reward_zero_std": found.frac_reward_zero_std,
-        "num_groups": float(len(found.zero_std_G)),
-        "num_groups_dropped": 0.0 if keep_all else float(found.zero_std_G.sum()),
+        "num_groups": float(num_groups),
+        "num_groups_dropped": float(num_groups - len(np.unique(batch.group[keep_S]))),
         "num_completions": float(len(keep_S)),
         "num_completions_trained": float(keep_S.sum()),
     }

@@ -80,6 +80,18 @@ def test_more_shards_than_prompts(configure):
         configure({"rollout.num_prompts": 3}, shards=4)
 
 
+def test_the_stretch_of_over_length_punishment_lies_within_the_limit(configure):
+    with pytest.raises(SettingsError, match=r"overlong_buffer.*within rollout.max_completion_length = 16, got 17"):
+        configure({"update.overlong_buffer": 17})
+
+
+def test_over_length_is_punished_once(configure):
+    arguments = {"max_length": 16, "cache_length": 4}
+    functions = [{"name": "numeric_match"}, {"name": "soft_overlong", "arguments": arguments}]
+    with pytest.raises(SettingsError, match="soft_overlong both punish long completions: remove one"):
+        configure({"update.overlong_buffer": 4}, reward={"functions": functions})
+
+
 @pytest.mark.parametrize(
     ("missing", "message"),
     [("config.json", "no config.json"), ("model.safetensors", "no weights"), ("tokenizer.json", "no tokenizer")],

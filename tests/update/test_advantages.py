@@ -7,8 +7,12 @@ import statistics
 import numpy as np
 import pytest
 
+from components.common.errors import DataError
 from components.update.advantages import EPSILON, group_advantages
+from components.update.batching import Batch
+from components.update.config import UpdateSettings
 from components.update.shaping import overlong_penalty, scored_lengths
+from components.update.weighting import add_advantages, shape_rewards
 
 NONE = float("nan")
 # Group 7: 1, 0, 0, 1 (mean 1/2, std sqrt(1/3)); group 3: 2, 5 (mean 7/2, std 3/sqrt 2)
@@ -113,7 +117,7 @@ def test_empty_and_wrong_input():
         group_advantages(np.zeros(2), np.zeros(3))
     with pytest.raises(ValueError, match="2 reward columns need 2 weights, got 3"):
         group_advantages(np.zeros((4, 2)), np.zeros(4), reward_weights=np.ones(3))
-    with pytest.raises(ValueError, match="infinite"):
+    with pytest.raises(DataError, match="infinite"):
         group_advantages(np.array([1.0, np.inf]), np.zeros(2))
 
 
@@ -130,3 +134,24 @@ def test_scored_lengths():
     lengths, truncated = np.array([3, 5, 5]), np.array([False, True, False])
     assert scored_lengths(lengths, truncated, mask_truncated=True).tolist() == [3, 0, 5]
     assert scored_lengths(lengths, truncated, mask_truncated=False).tolist() == [3, 5, 5]
+
+
+def test_a_completion_without_a_reward_is_not_punished_for_its_length():
+    """Two functions and the over-length column: who has no reward of the two has none of the third either."""
+    batch = Batch(
+        prompt_ids=np.zeros(6, np.int32), prompt_offsets=np.arange(7), completion_ids=np.zeros(60, np.int32),
+        completion_offsets=np.array([0, 12, 22, 32, 40, 48, 60]), behaviour_logprobs=np.zeros(60, np.float32),
+        group=np.array([0, 0, 0, 0, 1, 1]), truncated=np.zeros(6, bool), advantages=np.zeros(6),
+        rewards=np.array([[NONE, NONE], [1, 0], [0, 1], [1, 1], [NONE, NONE], [NONE, NONE]]),
+        scored_lengths=np.full(6, 10), keep=np.zeros(6, bool),
+    )  # fmt: skip
+    settings = UpdateSettings(reward_combination="normalize_then_sum", overlong_buffer=5)
+    found, figures = add_advantages(shape_rewards(batch, settings, 12), settings, (1.0, 1.0))
+    assert found.keep.tolist() == [False, True, True, True, False, False]
+    assert found.advantages[[0, 4, 5]].tolist() == [0.0] * 3
+    assert figures["num_groups_dropped"] == 1 and figures["num_completions_trained"] == 3
+    # penalties -3/5, -3/5, 0 of lengths 10, 10, 8; columns normalised, summed, over the batch's deviation
+    columns = [[1.0, 0.0, 1.0], [0.0, 1.0, 1.0], [-0.6, -0.6, 0.0]]
+    normal = [[(x - statistics.mean(c)) / (statistics.stdev(c) + EPSILON) for x in c] for c in columns]
+    sums = [sum(row) for row in zip(*normal, strict=True)]
+    assert found.advantages[1:4].tolist() == pytest.approx([x / (statistics.stdev(sums) + EPSILON) for x in sums])

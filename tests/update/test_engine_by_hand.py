@@ -10,6 +10,8 @@ from components.common.manifest import Manifest
 from components.common.records import completion_fields, read_table
 
 LEARNING_RATE, EPSILON, BETA1, BETA2 = 1e-2, 1e-2, 0.9, 0.999
+MAX_COMPLETION_LENGTH = 12
+"""What the scored rollout says of its sampling."""
 REWARDS = [1.0, 0.0, 0.5, -1.0, 2.0, 0.25]
 
 
@@ -47,26 +49,35 @@ def batch_loss(loss_type, logprobs, old, reference, advantages, beta):
     total, num_tokens = torch.zeros((), dtype=torch.float64), sum(len(tokens) for tokens in logprobs)
     for tokens, before, base, advantage in zip(logprobs, old, reference, advantages, strict=True):
         ratios = [torch.exp(new - past) for new, past in zip(tokens, before, strict=True)]
-        low, high = 0.2, 0.28
+        low, high = 0.2, 0.28 if loss_type == "dapo" else 0.2
         if loss_type == "gspo":
             mean = sum(new - past for new, past in zip(tokens, before, strict=True)) / len(tokens)
             ratios, low, high = [torch.exp(mean)] * len(tokens), 3e-4, 4e-4
-        weight = 1 / num_tokens if loss_type == "dapo" else 1 / (len(logprobs) * len(tokens))
+        weight = 1 / num_tokens if loss_type in ("dapo", "cispo") else 1 / (len(logprobs) * len(tokens))
+        if loss_type == "dr_grpo":
+            weight = 1 / (len(logprobs) * MAX_COMPLETION_LENGTH)
         for ratio, new, start in zip(ratios, tokens, base, strict=True):
             clipped = min(max(ratio.item(), 1 - low), 1 + high)
             objective = ratio * advantage if ratio.item() * advantage <= clipped * advantage else clipped * advantage
+            if loss_type == "cispo":
+                objective = min(ratio.item(), 5.0) * advantage * new
             divergence = torch.exp(start - new) - (start - new) - 1
             total = total + weight * (-objective + beta * divergence)
     return total
 
 
-def by_hand(folder, rows, *, loss_type, steps, beta, temperature):
-    """Losses, first gradient and final weights of full-batch AdamW steps in float64."""
+def by_hand(folder, rows, *, loss_type, steps, beta, temperature, rewards=REWARDS):
+    """Losses, first gradient and final weights of full-batch AdamW steps in float64.
+
+    Rows that hit the length limit are left out of the loss; their rewards count in their groups.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     names = dict(model.named_parameters())
     with torch.no_grad():
         start = [[value.item() for value in token_logprobs(model, row, temperature)] for row in rows]
-    advantages = group_advantages(REWARDS, 3)
+    advantages = group_advantages(rewards, 3)
+    counted = [number for number, row in enumerate(rows) if row["finish_reason"] != "length"]
+    rows, start, advantages = ([column[number] for number in counted] for column in (rows, start, advantages))
     moments = {name: (torch.zeros_like(weight), torch.zeros_like(weight)) for name, weight in names.items()}
     losses, first = [], None
     for step in range(1, steps + 1):
@@ -89,7 +100,8 @@ def by_hand(folder, rows, *, loss_type, steps, beta, temperature):
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "epochs", "beta"), [("dapo", 1, 0.0), ("dapo", 3, 0.2), ("gspo", 2, 0.0), ("grpo", 1, 0.0)]
+    ("loss_type", "epochs", "beta"),
+    [("dapo", 1, 0.0), ("dapo", 3, 0.2), ("gspo", 2, 0.0), ("grpo", 1, 0.0), ("dr_grpo", 2, 0.0), ("cispo", 2, 0.0)],
 )
 def test_the_worker_agrees_with_float64(case, engine_model, loss_type, epochs, beta):
     inputs = case.start(engine_model)
@@ -129,3 +141,60 @@ def test_a_long_gradient_is_cut_to_the_norm(case, engine_model):
     whole, cut = free.state(), clipped.state()
     for name in [name for name in whole if name.startswith("exp_avg/")]:
         torch.testing.assert_close(cut[name], whole[name] * share, rtol=1e-4, atol=1e-9)
+
+
+def test_the_penalty_in_the_reward_is_of_masked_completions_too(case, engine_model, tmp_path):
+    """A completion cut at the length limit is not trained on; its penalised reward is in its group's mean."""
+    from engine_case import save_tiny_model
+
+    inputs, beta = case.start(engine_model), 0.3
+    other = save_tiny_model(tmp_path / "other", seed=5)
+    inputs["reference"] = case.publish("other", "policy", {path.name: path for path in other.iterdir()})
+    scored = case.scored(
+        "scored", engine_model, inputs["policy"], num_prompts=2, group_size=3, reward=REWARDS,
+        finish_reason=["length", "stop", "stop", "stop", "stop", "length"],
+    )  # fmt: skip
+    rows, penalised = rows_of(case, scored), []
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64) for folder in (engine_model, other)]
+    for row, reward in zip(rows, REWARDS, strict=True):
+        with torch.no_grad():
+            policy, reference = (sum(token_logprobs(model, row, 0.8)).item() for model in models)
+        penalised.append(reward - beta * (policy - reference))
+    _, _, norm, weights = by_hand(
+        engine_model, rows, loss_type="dapo", steps=1, beta=0.0, temperature=0.8, rewards=penalised
+    )
+    outcome = case.update(
+        inputs, scored, max_grad_norm=0.0, correction="none", beta=beta, kl_in="reward", kl_estimator="k1",
+        mask_truncated=True,
+    )  # fmt: skip
+    assert outcome.metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    for name, weight in weights.items():
+        torch.testing.assert_close(outcome.weights()[name].double(), weight, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("correction", ["token_truncate", "sequence_mask"])
+def test_figures_of_the_sampler_s_mismatch(case, engine_model, correction):
+    """TRL's names, token by token."""
+    inputs = case.start(engine_model)
+    scored = case.scored(
+        "scored", engine_model, inputs["policy"], num_prompts=2, group_size=3, reward=REWARDS, noise=0.1
+    )
+    model, differences, ratios = AutoModelForCausalLM.from_pretrained(engine_model, dtype=torch.float64), [], []
+    for row in rows_of(case, scored):
+        with torch.no_grad():
+            tokens = [value.item() for value in token_logprobs(model, row, 0.8)]
+        gaps = [ours - theirs for ours, theirs in zip(tokens, row["logprobs"], strict=True)]
+        differences += [abs(gap) for gap in gaps]
+        if correction == "sequence_mask":
+            product = math.prod(math.exp(gap) for gap in gaps)
+            ratios.append(product if product <= 1.1 else 0.0)
+        else:
+            ratios += [min(math.exp(gap), 1.1) for gap in gaps]
+    found = case.update(inputs, scored, correction=correction, correction_cap=1.1).metrics
+    assert found["sampling/sampling_logp_difference/mean"] == pytest.approx(
+        sum(differences) / len(differences), abs=2e-6
+    )
+    assert found["sampling/sampling_logp_difference/max"] == pytest.approx(max(differences), abs=2e-6)
+    assert found["sampling/importance_sampling_ratio/min"] == pytest.approx(min(ratios), abs=2e-6)
+    assert found["sampling/importance_sampling_ratio/mean"] == pytest.approx(sum(ratios) / len(ratios), abs=2e-6)
+    assert found["sampling/importance_sampling_ratio/max"] == pytest.approx(max(ratios), abs=2e-6)

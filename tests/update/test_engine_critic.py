@@ -1,5 +1,7 @@
 """PPO through the stage: the critic learns, travels with the optimizer state, and is independent of the layout."""
 
+import json
+
 import pytest
 import torch
 
@@ -38,6 +40,28 @@ def test_ranks_and_micro_batches_change_nothing(case, engine_model):
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=2e-6)
     for figure in ("critic/loss", "kl", "loss"):
         assert cut.metrics[figure] == pytest.approx(whole.metrics[figure], rel=1e-4, abs=1e-6)
+
+
+def test_a_fine_tune_may_change_to_ppo_and_back(case, engine_model):
+    """The critic starts anew, with its own count of steps; the policy's moments go on."""
+    inputs = case.start(engine_model)
+    case.iterations = 9
+    scored = case.scored("scored", engine_model, inputs["policy"])
+    outcome = case.update(inputs, scored, num_epochs=3)
+    grpo = outcome.state()
+    for iteration, steps in ((1, (4, 1)), (2, (5, 2))):
+        scored = case.scored(f"scored-{iteration}", engine_model, outcome.policy_path)
+        outcome = case.update(outcome.inputs, scored, iteration=iteration, **PPO)
+        index = json.loads(
+            case.store.get_bytes(next(file.key for file in outcome.optimizer.files if file.name == "optimizer.json"))
+        )
+        assert (index["step"], index["critic_step"]) == steps
+        if iteration == 1:
+            assert outcome.metrics["critic/explained_variance"] == pytest.approx(0.0, abs=1e-6)
+            moved = outcome.state()["exp_avg/model.norm.weight"] - 0.9 * grpo["exp_avg/model.norm.weight"]
+            assert 0 < moved.abs().max() < 0.2 * outcome.metrics["grad_norm"]  # a tenth of one gradient
+    back = case.update(outcome.inputs, case.scored("back", engine_model, outcome.policy_path), iteration=3)
+    assert not any(name.startswith("critic") for name in back.optimizer.names)
 
 
 def test_grpo_loads_nothing_of_the_critic():

@@ -162,6 +162,81 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(case, engine_model
         case.update(outcome.inputs, again, iteration=1, zero_stage=zero_stage, num_minibatches=4)
 
 
+def broken_embedding(folder, model):
+    """The model with a token that makes everything NaN."""
+    folder.mkdir()
+    for path in model.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][5] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_skipped_step_hides_no_limit(case, tmp_path):
+    from engine_case import save_tiny_model
+
+    model = broken_embedding(tmp_path / "broken", save_tiny_model(tmp_path / "model", tied=False))
+    inputs = case.start(model)
+    prompts = [[1, 2]] * 3 + [[5, 3]] * 3 + [[2, 4]] * 3 + [[3, 3]] * 3  # one in four has the token
+    completions = [[1, 2, 3], [7, 8], [9, 4, 2, 1]] * 4
+    columns = {"prompt_ids": prompts, "completion_ids": completions}
+    logprobs = [[-1.0] * len(tokens) for tokens in completions]
+    scored = case.scored("scored", model, inputs["policy"], logprobs=logprobs, scores=False, **columns)
+    settings = {"num_minibatches": 4, "layout": "padded"}
+    outcome = case.update(inputs, scored, **settings)
+    assert outcome.metrics["skipped_steps"] == 1
+    assert 0 < outcome.metrics["entropy"] < 4  # of the three steps that were taken
+    case.run_name = "limited"
+    with pytest.raises(HealthError, match=r"entropy is \d.*health.min_entropy = 5"):
+        case.update(inputs, scored, health={"min_entropy": 5.0}, **settings)
+
+
+def test_a_figure_that_is_not_finite_crosses_its_limit(started, engine_model):
+    case, inputs = started
+    logprobs = [[-1.0] * (1 + row % 3) for row in range(12)]
+    logprobs[0][0] = float("-inf")
+    completions = [[1] * len(row) for row in logprobs]
+    scored = case.scored("scored", engine_model, inputs["policy"], completion_ids=completions, logprobs=logprobs)
+    with pytest.raises(HealthError, match=r"logp_difference/mean is inf \(health.max_logp_difference = 100\)"):
+        case.update(inputs, scored, health={"max_logp_difference": 100.0})
+
+
+def test_a_limit_without_a_figure_is_told(started, engine_model, capfd):
+    case, inputs = started
+    completions = [[1] * (1 + row % 3) for row in range(12)]
+    unknown = [[float("nan")] * len(row) for row in completions]
+    scored = case.scored("scored", engine_model, inputs["policy"], completion_ids=completions, logprobs=unknown)
+    case.update(inputs, scored, health={"max_logp_difference": 100.0})
+    assert "update-0000: nothing to check health.max_logp_difference with" in capfd.readouterr().out
+
+
+def test_a_batch_that_is_all_truncated_says_why_nothing_is_trained(started, engine_model, capfd):
+    case, inputs = started
+    scored = case.scored("scored", engine_model, inputs["policy"], finish_reason=["length"] * 12)
+    outcome = case.update(inputs, scored, mask_truncated=True)
+    assert outcome.policy.digest == Manifest.load(inputs["policy"]).digest
+    assert outcome.metrics["num_groups_dropped"] == 4 and outcome.metrics["frac_reward_zero_std"] == 0
+    assert "mask_truncated leaves out 12 of 12 completions that hit the length limit" in capfd.readouterr().out
+
+
+def test_an_infinite_reward_is_refused(started, engine_model):
+    case, inputs = started
+    scored = case.scored("scored", engine_model, inputs["policy"], reward=[1.0, float("inf")] * 6)
+    with pytest.raises(DataError, match=r"a reward is infinite.*have the reward function return None"):
+        case.update(inputs, scored)
+
+
+def test_a_health_error_comes_without_a_traceback(started, engine_model):
+    case, inputs = started
+    scored = case.scored("scored", engine_model, inputs["policy"])
+    process = case.command(inputs, scored, health={"min_entropy": 5.0})
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "sampling has collapsed" in output
+    assert "Traceback" not in output and "ProcessExitedException" not in output
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -173,6 +248,12 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(case, engine_model
         ({"algorithm": "ppo", "optimizer_every": 2}, "keeps its critic beside the optimizer state"),
         ({"lora": {"rank": 4, "publish": "merged"}, "optimizer_every": 2}, "set optimizer_every = 1"),
         ({"offload_parameters": True}, "needs zero_stage = 3"),
+        ({"loss_type": "cispo", "dual_clip": 3.0}, "remove dual_clip"),
+        ({"correction": "none", "correction_cap": 5.0}, "correction_cap has no effect"),
+        ({"algorithm": "ppo", "advantage_scale": "batch"}, 'algorithm = "ppo" has a critic'),
+        ({"algorithm": "ppo", "advantage_baseline": "leave_one_out"}, 'algorithm = "ppo" has a critic'),
+        ({"reward_combination": "normalize_then_sum", "advantage_scale": "none"}, "advantage_scale has no effect"),
+        ({"beta": 0.1, "kl_in": "reward", "kl_ratio": True}, "kl_ratio is of the penalty in the loss"),
         ({"num_processes": 0}, 'must be "auto" or at least 1'),
         ({"max_grad_nrm": 1.0}, "did you mean max_grad_norm"),
     ],

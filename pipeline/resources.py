@@ -85,7 +85,8 @@ class StageResources(Settings):
     scratch: str = Field(default="20Gi", pattern=QUANTITY)
     """Size of `/tmp`, where artifacts are unpacked."""
     cache_claim: str | None = None
-    """PersistentVolumeClaim mounted as the node cache at `/cache`; unset: an empty volume of the pod."""
+    """PersistentVolumeClaim mounted as the node cache at `/cache`, which `run_as_user` must be able to write; unset: an
+    empty volume of the pod."""
     cache_size: str = Field(default="50Gi", pattern=QUANTITY)
     """Bound of the cache."""
     timeout_minutes: int = Field(default=720, ge=1)
@@ -113,11 +114,12 @@ class ClusterSettings(Settings):
     preset: Literal["gpu-operator", "gke", "eks", "aks"] = "gpu-operator"
     """How the cluster labels and taints GPU nodes."""
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
-    """When images are pulled."""
+    """When images are pulled; nodes of an update on several are pulled as the TrainingRuntime says (`IfNotPresent`)."""
     image_pull_secrets: tuple[str, ...] = ()
     """Secrets with registry credentials."""
     storage_secret: str | None = "grpo-object-storage"
-    """Secret with `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`; unset: the pod's own identity (IRSA)."""
+    """Secret with `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`; blank: the identity of the pod's service account
+    (IRSA, workload identity), which nodes of an update on several have as `grpo-trainjob`."""
     hub_secret: str | None = None
     """Secret with `HF_TOKEN`, for gated models and data sets."""
     config_map: str | None = "grpo-config"
@@ -187,8 +189,7 @@ def following(cluster: ClusterSettings, image: str) -> ClusterSettings:
     node = {
         "image": image, "cpu": pod.cpu, "memory": pod.memory, "gpus": pod.gpus, "gpu_resource": pod.gpu_resource,
         "shm": pod.shm, "scratch": pod.scratch, "node_selector": node_selector(cluster, pod),
-        "cache": {"persistentVolumeClaim": {"claimName": pod.cache_claim}} if pod.cache_claim
-        else {"emptyDir": {"sizeLimit": pod.cache_size}},
+        "cache_claim": pod.cache_claim, "run_as_user": pod.run_as_user,
         "tolerations": [found.model_dump(exclude_none=True) for found in tolerations(cluster, pod)],
         "environment": pod.environment, "storage_secret": cluster.storage_secret, "queue": cluster.queue,
         "image_pull_secrets": list(cluster.image_pull_secrets), "timeout_seconds": pod.timeout_minutes * 60,

@@ -14,6 +14,9 @@ from components.update.config import UpdateSettings
 
 RUNTIME = {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": "grpo-update"}
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+MANAGER = "grpo-pipeline/update"
+"""Who patches the runtime; Trainer's webhook wants a domain and a path."""
+CLAIMED_CACHE = "claimed-cache"
 COMMAND = ("python3", "-m", "components.update.remote")
 
 
@@ -34,8 +37,10 @@ class NodeResources(Settings):
     """Size of `/dev/shm`."""
     scratch: str | None = None
     """Size of `/tmp`."""
-    cache: dict[str, Any] | None = None
-    """Volume source of `/cache`; unset: the runtime's own."""
+    cache_claim: str | None = None
+    """PersistentVolumeClaim of `/cache`; unset: the runtime's own volume."""
+    run_as_user: int | None = None
+    """User id of the process; unset: the runtime's own."""
     node_selector: dict[str, str] = {}
     """Labels of the nodes."""
     tolerations: list[dict[str, str]] = []
@@ -89,7 +94,7 @@ def describe(stage: Stage[UpdateSettings], node: NodeResources, here: Here, task
                 "resourcesPerNode": resources,
                 "env": _environment(node),
             },
-            "runtimePatches": [{"manager": "grpo-pipeline", "trainingRuntimeSpec": _patch(node)}],
+            "runtimePatches": [{"manager": MANAGER, "trainingRuntimeSpec": _patch(node)}],
         },
     }
 
@@ -109,17 +114,26 @@ def _environment(node: NodeResources) -> list[dict[str, Any]]:
 
 
 def _patch(node: NodeResources) -> dict[str, Any]:
-    """Where the nodes run, and their volumes."""
+    """Where the nodes run, as whom, and their volumes; Trainer merges it into the runtime's pod, lists by name.
+
+    The claim is a volume of its own, mounted in place of the runtime's: merged into that, it would make a volume of two
+    kinds, which Kubernetes refuses.
+    """
     volumes = [
         {"name": name, "emptyDir": {"sizeLimit": size} | ({"medium": "Memory"} if name == "shm" else {})}
         for name, size in (("shm", node.shm), ("tmp", node.scratch))
         if size
     ]
-    volumes += [{"name": "cache", **node.cache}] if node.cache else []
-    spec = {
+    containers: list[dict[str, Any]] = []
+    if node.cache_claim:
+        volumes.append({"name": CLAIMED_CACHE, "persistentVolumeClaim": {"claimName": node.cache_claim}})
+        containers.append({"name": "node", "volumeMounts": [{"name": CLAIMED_CACHE, "mountPath": "/cache"}]})
+    spec: dict[str, Any] = {
+        "securityContext": {"runAsUser": node.run_as_user} if node.run_as_user else {},
         "nodeSelector": node.node_selector,
         "tolerations": node.tolerations,
         "volumes": volumes,
+        "containers": containers,
         "imagePullSecrets": [{"name": name} for name in node.image_pull_secrets],
     }
     pod = {"spec": {name: value for name, value in spec.items() if value}}

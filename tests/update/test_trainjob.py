@@ -303,7 +303,9 @@ def test_the_job_fits_kubeflow_trainers_definition(case, engine_model, here):
     pod = patch["template"]["spec"]["template"]["spec"]
     assert pod["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
     assert pod["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists"}]
-    assert {volume["name"] for volume in pod["volumes"]} == {"shm", "tmp", "cache"}
+    assert TrainerV1alpha1TrainJob.from_dict(made).to_dict()["spec"]["runtimePatches"] == made["spec"]["runtimePatches"]
+    domain, _, path = made["spec"]["runtimePatches"][0]["manager"].partition("/")
+    assert domain and path, "Trainer's webhook refuses a manager that is not domain/path"
     if folder := os.environ.get("GRPO_CRD_DIR"):
         check_definition(made, Path(folder))
 
@@ -314,6 +316,61 @@ def check_definition(made, folder):
     (path,) = folder.glob("*trainjobs*")
     (version,) = yaml.safe_load(path.read_text())["spec"]["versions"]
     jsonschema.validate(made["spec"], version["schema"]["openAPIV3Schema"]["properties"]["spec"])
+
+
+def merged(source, patch, key="name"):
+    """Kubernetes' strategic merge, as far as a pod needs it: lists by name, mounts by path, tolerations replaced."""
+    if isinstance(patch, dict) and isinstance(source, dict):
+        keys = {"volumeMounts": "mountPath"}
+        return source | {name: merged(source.get(name), value, keys.get(name, "name")) for name, value in patch.items()}
+    if not isinstance(patch, list) or not source or not all(key in item for item in patch):
+        return patch
+    both = {item[key]: item for item in source}
+    return list((both | {item[key]: merged(both.get(item[key], {}), item) for item in patch}).values())
+
+
+@pytest.mark.parametrize("overlay", ["standalone", "gpu", "kind"])
+@pytest.mark.parametrize("claim", [None, "grpo-cache"])
+def test_a_node_is_a_valid_pod_with_what_the_settings_say(case, engine_model, here, overlay, claim):
+    """The runtime of an overlay with the job's patch merged in as Trainer does it."""
+    import kubernetes_validate
+
+    settings = validate(ClusterSettings, {
+        "update": {"gpus": 2, "shm": "4Gi", "scratch": "9Gi", "cache_claim": claim, "run_as_user": 2000,
+                   "node_selector": {"pool": "a"}}, "image_pull_secrets": ["registry"], "storage_secret": "mine",
+    })  # fmt: skip
+    follower = following(settings, NODE["image"])
+    resources = NodeResources.model_validate_json(follower.update.environment[trainjob.RESOURCES_VARIABLE])
+    job = describe(stage_of(case, engine_model), resources, here, "parts/x/task.json")["spec"]
+    objects = yaml.safe_load_all((ROOT / "k8s/rendered" / f"{overlay}.yaml").read_text())
+    (runtime,) = [item for item in objects if item["kind"] == "TrainingRuntime"]
+    (patch,) = job["runtimePatches"]
+    spec = merged(runtime["spec"]["template"]["spec"], patch["trainingRuntimeSpec"]["template"]["spec"])
+    (replicated,) = spec["replicatedJobs"]
+    pod = replicated["template"]["spec"]["template"]["spec"]
+    kubernetes_validate.validate(
+        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "node"}, "spec": pod}, "1.36", strict=True
+    )
+    assert all(len(set(volume) - {"name"}) == 1 for volume in pod["volumes"]), "a volume is of one kind"
+    (node,) = pod["containers"]
+    mounts = {mount["mountPath"]: mount["name"] for mount in node["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert set(mounts) == {"/work", "/cache", "/tmp", "/dev/shm"} and len(mounts) == len(node["volumeMounts"])
+    assert volumes[mounts["/dev/shm"]]["emptyDir"] == {"medium": "Memory", "sizeLimit": "4Gi"}
+    assert volumes[mounts["/tmp"]]["emptyDir"] == {"sizeLimit": "9Gi"}
+    found = volumes[mounts["/cache"]]
+    assert found["persistentVolumeClaim"] == {"claimName": claim} if claim else found["emptyDir"] == {}
+    assert pod["securityContext"]["runAsUser"] == 2000 and pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["nodeSelector"]["pool"] == "a" and pod["imagePullSecrets"] == [{"name": "registry"}]
+    named = [entry["valueFrom"]["secretKeyRef"]["name"] for entry in job["trainer"]["env"] if "valueFrom" in entry]
+    assert named == ["mine"] * 2 and "secretRef" not in json.dumps(node), "the settings' secret, and no other"
+
+
+def test_without_a_secret_a_node_names_none(case, engine_model, here):
+    follower = following(validate(ClusterSettings, {"storage_secret": "", "update": {}}), NODE["image"])
+    resources = NodeResources.model_validate_json(follower.update.environment[trainjob.RESOURCES_VARIABLE])
+    made = describe(stage_of(case, engine_model), resources, here, "parts/x/task.json")
+    assert "secretKeyRef" not in json.dumps(made)
 
 
 def stage_of(case, model, **changes):

@@ -2,13 +2,14 @@
 
 Kubernetes: the PyPI package kubernetes-validate carries the strict schemas of each version. Trainer: the models
 that Kubeflow Trainer publishes as kubeflow-trainer-api; a field they do not know is lost on the way through them.
-Kueue and Kubeflow's PodDefault publish no schema as a package: their CRDs are read from $GRPO_CRD_DIR where it is
-set (`k8s/crds.sh FOLDER` fetches the pinned releases'), and the test says that it was skipped where it is not.
+Kueue and Kubeflow's PodDefault publish no schema as a package: `definitions.yaml` holds what is used of theirs. Where
+$GRPO_CRD_DIR is set (`k8s/crds.sh FOLDER` fetches the pinned releases' CRDs), those count instead.
 """
 
 import copy
 import json
 import os
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+DEFINITIONS = Path(__file__).with_name("definitions.yaml")
 VERSIONS = ["1.33", "1.34", "1.35", "1.36"]
 CUSTOM = {"trainer.kubeflow.org/v1alpha1", "kueue.x-k8s.io/v1beta2", "kubeflow.org/v1alpha1"}
 
@@ -83,47 +85,93 @@ def test_trainer_knows_every_field_of_the_runtime(objects: list[dict]) -> None:
 
 
 def closed(schema: Any) -> Any:
-    """A CRD's schema with unknown fields refused, as `kubectl apply --validate=strict` refuses them."""
+    """A definition's schema with unknown fields refused, as `kubectl apply --validate=strict` refuses them."""
     if isinstance(schema, list):
         return [closed(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     result = {key: closed(value) for key, value in schema.items()}
     if result.pop("x-kubernetes-int-or-string", False):
-        result = {"anyOf": [{"type": "integer"}, {"type": "string"}]}
+        pattern = {"pattern": schema["pattern"]} if "pattern" in schema else {}
+        result = {"anyOf": [{"type": "integer"}, {"type": "string"}], **pattern}
     open_ended = schema.get("x-kubernetes-preserve-unknown-fields") or "additionalProperties" in schema
     if isinstance(schema.get("properties"), dict) and schema.get("type") == "object" and not open_ended:
         result["additionalProperties"] = False
     return result
 
 
+def whole(schema: dict) -> dict:
+    """A schema of a resource, closed, with the fields that every resource has."""
+    common = {"apiVersion": {"type": "string"}, "kind": {"type": "string"}, "metadata": {"type": "object"}}
+    return closed({**schema, "type": "object", "properties": {**schema["properties"], **common}})
+
+
 @cache
-def definitions(folder: Path) -> dict[tuple[str, str], dict]:
-    """Schemas of the CRDs in a folder of YAML files, by (apiVersion, kind)."""
+def definitions() -> dict[tuple[str, str], dict]:
+    """Schemas by (apiVersion, kind): those beside this file, and in their place the CRDs in $GRPO_CRD_DIR."""
     found = {}
-    for path in sorted(folder.rglob("*.yaml")):
+    for name, schema in yaml.safe_load(DEFINITIONS.read_text()).items():
+        api, kind = name.split()
+        found[api, kind] = whole(schema)
+    folder = os.environ.get("GRPO_CRD_DIR")
+    for path in sorted(Path(folder).rglob("*.yaml")) if folder else []:
         for item in yaml.load_all(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
             if item and item.get("kind") == "CustomResourceDefinition":
                 spec = item["spec"]
                 for version in spec["versions"]:
-                    api = f"{spec['group']}/{version['name']}"
-                    schema = closed(version["schema"]["openAPIV3Schema"])
-                    schema["properties"]["metadata"] = {"type": "object"}
-                    found[api, spec["names"]["kind"]] = schema
+                    key = f"{spec['group']}/{version['name']}", spec["names"]["kind"]
+                    found[key] = whole(version["schema"]["openAPIV3Schema"])
     return found
 
 
 def test_custom_resources_meet_their_definitions(objects: list[dict]) -> None:
-    folder = os.environ.get("GRPO_CRD_DIR")
-    if not folder:
-        pytest.skip("no package carries Kueue's and PodDefault's schemas: k8s/crds.sh DIR, then GRPO_CRD_DIR=DIR")
-    known = definitions(Path(folder))
-    checked = 0
-    for item in objects:
-        if (item["apiVersion"], item["kind"]) in known:
-            jsonschema.validate(item, known[item["apiVersion"], item["kind"]])
-            checked += 1
-    assert checked == sum(item["apiVersion"] in CUSTOM for item in objects), f"{folder} lacks some of the definitions"
+    """All but the TrainingRuntime, which has a test of its own above; with Trainer's CRDs at hand, that too."""
+    for item in (item for item in objects if item["apiVersion"] in CUSTOM):
+        key = item["apiVersion"], item["kind"]
+        if key in definitions() or item["kind"] != "TrainingRuntime":
+            jsonschema.validate(item, definitions()[key])
+
+
+def test_the_definitions_are_those_of_the_pinned_releases() -> None:
+    pinned = (DEFINITIONS.parents[2] / "k8s/third-party/versions.env").read_text()
+    head = DEFINITIONS.read_text().split("\n\n")[0]
+    for name in ("KUEUE_VERSION", "DASHBOARD_VERSION"):
+        (version,) = re.findall(rf"^{name}=(.+)$", pinned, re.MULTILINE)
+        assert version in head, f"{name} is {version}: compare tests/k8s/definitions.yaml with that release's"
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "value", "told"),
+    [
+        ("ClusterQueue", "spec.queueingStrategy", "Fifo", "Fifo"),
+        ("ClusterQueue", "spec.resourceGroups.0.flavors.0.resources.0.nominalQuota", "many", "many"),
+        ("ClusterQueue", "spec.cohort", "c", "cohort"),  # the name it had in v1beta1
+        ("LocalQueue", "spec.clusterQueue", "Not A Name", "Not A Name"),
+        ("ResourceFlavor", "spec.labels", {}, "labels"),
+        ("PodDefault", "spec.environment", [], "environment"),
+    ],
+)
+def test_what_a_release_would_refuse_is_refused(kind: str, place: str, value: Any, told: str) -> None:
+    objects = yaml.safe_load_all((DEFINITIONS.parents[2] / "k8s/rendered/gpu.yaml").read_text())
+    item = next(item for item in objects if item["kind"] == kind)
+    *way, last = place.split(".")
+    inner = item
+    for part in way:
+        inner = inner[int(part)] if isinstance(inner, list) else inner.setdefault(part, {})
+    inner[last] = value
+    with pytest.raises(jsonschema.ValidationError, match=told):
+        jsonschema.validate(item, definitions()[item["apiVersion"], kind])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_a_pod_default_adds_makes_a_pod(version: str) -> None:
+    objects = yaml.safe_load_all((DEFINITIONS.parents[2] / "k8s/rendered/profile.yaml").read_text())
+    (spec,) = [item["spec"] for item in objects if item["kind"] == "PodDefault"]
+    container = {"name": "main", "image": "a:1", "env": spec["env"], "volumeMounts": spec["volumeMounts"]}
+    pod = {"containers": [container], "volumes": spec["volumes"]}
+    kubernetes_validate.validate(
+        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}, "spec": pod}, version, strict=True
+    )
 
 
 def test_unknown_fields_of_a_custom_resource_are_refused() -> None:

@@ -6,11 +6,12 @@ a range.
 """
 
 import uuid
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from components.common.errors import ArtifactNotFound, DigestMismatch, StoreError
 from components.common.integrity import DIGEST_HEADER, Damaged, check_stored, checksum, wanted_digest
@@ -18,8 +19,11 @@ from components.common.s3_client import Location, Requests, code_of, make_client
 from components.common.store import Stat, checked_key, checked_prefix, disk_errors
 from components.common.transfer import Download, Upload
 
+T = TypeVar("T")
 DAMAGE_ATTEMPTS = 6
-"""Downloads of one object with a wrong digest, each wrong in another way, before it is given up."""
+"""Reads of one object with a wrong digest, or writes of it that arrive damaged, before it is given up."""
+SURE = 3
+"""Equal wrong digests that show that an object is stored so: two may be chance, or a broken box on the way."""
 
 
 class S3Store:
@@ -57,73 +61,86 @@ class S3Store:
         """
         from components.common.manifest import file_digest
 
-        seen = set()
-        for _ in range(DAMAGE_ATTEMPTS):
+        def read() -> tuple[None, str | None, str]:
             with disk_errors(f"write {path}"):
                 wanted = self._download(key, path)
-                got = file_digest(path).removeprefix("blake3:")
-            if wanted in (None, got):
-                return
-            if got in seen:  # wrong in the same way twice: it is stored so
-                break
-            seen.add(got)
-        path.unlink(missing_ok=True)
-        raise self._changed(key, wanted, got)
+                return None, wanted, file_digest(path).removeprefix("blake3:")
+
+        try:
+            self._sound(key, read)
+        except DigestMismatch:
+            path.unlink(missing_ok=True)
+            raise
 
     def put_bytes(self, data: bytes, key: str, *, if_absent: bool = False) -> bool:
         """Stores bytes; with `if_absent` the server decides which of racing writers wins.
 
-        A writer signs the object: when an answer is lost and the second attempt finds the name taken, it sees whether
-        the taker was itself.
+        A writer signs the object: when an answer is lost and the next attempt finds the name taken, it sees whether the
+        taker was itself. What it has won it reads back, since a name that is taken by damaged bytes stays taken, and
+        some servers repeat the checksum they were sent unchecked.
         """
         from blake3 import blake3
         from botocore.exceptions import ClientError
 
-        writer = uuid.uuid4().hex
+        writer, sums = uuid.uuid4().hex, checksum(data)
         arguments = self.name(key) | {"Metadata": {DIGEST_HEADER: blake3(data).hexdigest(), "writer": writer}}
-        if if_absent:
-            arguments["IfNoneMatch"] = "*"
-        sums, attempts = checksum(data), []
+        condition = {"IfNoneMatch": "*"} if if_absent else {}
 
         def put(attempt: int) -> None:
-            attempts.append(attempt)
-            check_stored(self.client.put_object(Body=data, **sums, **arguments), data, sums)
+            check_stored(self.client.put_object(Body=data, **sums, **arguments, **condition), data, sums)
 
-        try:
-            self.request(f"writing {key}", put)
-        except ClientError as error:
-            if status_of(error) != 412:
-                raise StoreError(f"{self.url}: writing {key}: {error}") from error
-            return len(attempts) > 1 and self._metadata(key).get("writer") == writer
-        return True
+        for _ in range(DAMAGE_ATTEMPTS):
+            won = True
+            try:
+                self.request(f"writing {key}", put)
+            except ClientError as error:
+                if status_of(error) != 412:
+                    raise StoreError(f"{self.url}: writing {key}: {error}") from error
+                won = False
+            if not if_absent:
+                return won
+            stored, answer = self._get(key)
+            if answer.get("Metadata", {}).get("writer") != writer:
+                return won
+            if stored == data:
+                return True
+            condition = {"IfMatch": answer["ETag"]}
+        raise StoreError(f"{self.url}: writing {key}: the server stored other bytes {DAMAGE_ATTEMPTS} times over")
 
     def get_bytes(self, key: str) -> bytes:
         """Reads a whole object and checks it. Raises ArtifactNotFound, DigestMismatch."""
         from blake3 import blake3
 
-        seen = set()
-        for _ in range(DAMAGE_ATTEMPTS):
-            data, wanted = self._read(key)
-            got = blake3(data).hexdigest()
-            if wanted in (None, got):
-                return data
-            if got in seen:
-                break
-            seen.add(got)
-        raise self._changed(key, wanted, got)
+        def read() -> tuple[bytes, str | None, str]:
+            data, answer = self._get(key)
+            return data, wanted_digest(key, answer), blake3(data).hexdigest()
 
-    def _changed(self, key: str, wanted: str | None, got: str) -> DigestMismatch:
-        return DigestMismatch(
-            f"{self.url}: {key} was changed or cut: want {wanted}, got {got}; delete it and make it again"
+        return self._sound(key, read)
+
+    def _sound(self, key: str, read: Callable[[], tuple[T, str | None, str]]) -> T:
+        """Reads until the digest is the wanted one. `read` gives what it read, the digest wanted and the one got."""
+        seen: Counter[str] = Counter()
+        for _ in range(DAMAGE_ATTEMPTS):
+            result, wanted, got = read()
+            if wanted in (None, got):
+                return result
+            seen[got] += 1
+            if seen[got] == SURE:
+                break
+        raise DigestMismatch(
+            f"{self.url}: {key} was changed or cut: want {wanted}, got {got}; "
+            + ("delete it and make it again" if seen[got] == SURE else "each time another: check the network")
         )
 
-    def _read(self, key: str) -> tuple[bytes, str | None]:
-        def get(attempt: int) -> tuple[bytes, str | None]:
+    def _get(self, key: str) -> tuple[bytes, dict[str, Any]]:
+        """An object's bytes, not yet checked, and the answer's head."""
+
+        def get(attempt: int) -> tuple[bytes, dict[str, Any]]:
             answer = self.client.get_object(**self.name(key))
             data = answer["Body"].read()
             if len(data) != answer["ContentLength"]:
                 raise Damaged(f"{len(data)} of {answer['ContentLength']} bytes arrived")
-            return data, wanted_digest(key, answer)
+            return data, answer
 
         return self.found(key, lambda: self.request(f"reading {key}", get))
 
@@ -158,9 +175,6 @@ class S3Store:
             return self.client.get_object(**self.name(key), Range="bytes=0-0")  # a HEAD does not say what is wrong
 
         return self.request(f"looking up {key}", head)
-
-    def _metadata(self, key: str) -> dict[str, str]:
-        return dict(self.found(key, lambda: self._head(key)).get("Metadata", {}))
 
     def list(self, prefix: str) -> Iterator[Stat]:
         """Objects below a prefix, a thousand a request."""

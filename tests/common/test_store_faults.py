@@ -13,7 +13,7 @@ from components.common.errors import ArtifactNotFound, DigestMismatch, StoreErro
 from components.common.integrity import blob_key
 from components.common.manifest import file_digest
 from components.common.s3_store import S3Store
-from tests.common.fault_proxy import FAULTS, proxy
+from tests.common.fault_proxy import FAULTS, FaultProxy, proxy
 
 OPERATIONS = 1000
 THREADS = 8
@@ -117,6 +117,80 @@ def test_a_fault_that_never_ends_is_given_up_at_the_deadline(moto_endpoint: str,
             if fault == "change the request":  # this server checks nothing: what it holds then is found out on reading
                 store.put_bytes(bytes(1000), "name")
             store.get_bytes("name")
+
+
+class Scripted:
+    """Which fault each request meets, in turn; then none. `same` flips the same bit each time."""
+
+    def __init__(self, server: FaultProxy, *faults: str | None, same: bool = False) -> None:
+        self.faults = list(faults)
+        server.draw = lambda: self.faults.pop(0) if self.faults else None  # type: ignore[method-assign]
+        if same:
+            server.flipped = lambda data: bytes([data[0] ^ 4]) + data[1:]  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_damage_is_stored_damage_when_three_reads_agree(moto_endpoint: str, tmp_path: Path, times: int) -> None:
+    with proxy(moto_endpoint, share=0.0) as server:
+        store = through(server.url, "")
+        store.put_bytes(bytes(1000), "name")
+        for read in (lambda: store.get_bytes("name"), lambda: store.get_file("name", tmp_path / "target")):
+            script = Scripted(server, *["change the body"] * times, same=True)
+            if times == 2:  # by chance, or by a box on the way that soon is itself again
+                read()
+            else:
+                with pytest.raises(DigestMismatch, match=r"was changed or cut.*delete it and make it again"):
+                    read()
+            assert script.faults == []
+    assert (tmp_path / "target").exists() == (times == 2)
+
+
+def test_damage_that_differs_each_time_is_not_laid_to_the_object(moto_endpoint: str) -> None:
+    with proxy(moto_endpoint, share=0.0) as server:
+        store = through(server.url, "")
+        store.put_bytes(bytes(1000), "name")
+        Scripted(server, *["change the body"] * 6)
+        with pytest.raises(DigestMismatch, match="each time another: check the network"):
+            store.get_bytes("name")
+
+
+@pytest.mark.parametrize("answer", ["repeats the checksum", "tells the digest alone"])
+@pytest.mark.parametrize(
+    "faults",
+    [["change the request"], ["change the request", None, "change the request"], ["change the request", "500", "500"]],
+)
+def test_a_guarded_name_that_was_written_damaged_is_mended_by_its_writer(
+    moto_endpoint: str, faults: list[str | None], answer: str
+) -> None:
+    """This server checks nothing on the way in: the object is there, damaged, and the name is taken, by ourselves."""
+    with proxy(moto_endpoint, share=0.0) as server:
+        store = through(server.url, "")
+        if answer == "tells the digest alone":
+            drop = lambda parsed, **_: parsed.pop("ChecksumCRC32C", None)  # noqa: E731
+            store.client.meta.events.register("after-call.s3.PutObject", drop)
+        Scripted(server, *faults)
+        assert store.put_bytes(b"manifest" * 100, "name", if_absent=True) is True
+        assert store.get_bytes("name") == b"manifest" * 100
+        assert store.put_bytes(b"other", "name", if_absent=True) is False
+        assert store.get_bytes("name") == b"manifest" * 100
+
+
+def test_a_name_that_others_took_is_left_alone_also_when_it_is_damaged(moto_endpoint: str) -> None:
+    store = through(moto_endpoint, "")
+    store.client.put_object(Body=b"x", **store.name("name"), Metadata={"blake3": "0" * 64, "writer": "another"})
+    with proxy(moto_endpoint, share=0.0) as server:
+        late = S3Store.from_url(store.url.replace(moto_endpoint, server.url))
+        Scripted(server, "500")  # a second attempt, as if the first answer had been lost
+        assert late.put_bytes(b"y", "name", if_absent=True) is False
+    assert store.client.get_object(**store.name("name"))["Body"].read() == b"x"
+
+
+def test_a_network_that_damages_every_write_is_given_up(moto_endpoint: str) -> None:
+    with proxy(moto_endpoint, share=0.0) as server:
+        store = through(server.url, "")
+        server.draw = lambda: "change the request"  # type: ignore[method-assign]
+        with pytest.raises(StoreError, match="the server stored other bytes 6 times over"):
+            store.put_bytes(b"manifest" * 100, "name", if_absent=True)
 
 
 def test_a_large_download_goes_on_where_it_was_cut(rgw_endpoint: str, tmp_path: Path) -> None:

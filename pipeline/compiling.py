@@ -50,15 +50,20 @@ def tasks_per_iteration(settings: PipelineSettings) -> int:
 
 
 def task_count(settings: PipelineSettings) -> int:
-    """KFP tasks of a run: configure, dataset, the iterations, the final rollout, reward and evaluate, publish."""
+    """KFP tasks of a run: configure, dataset, the iterations, the final rollout, reward and evaluate, publish.
+
+    With staleness 1 and more than one iteration the last policy but one has a rollout and a reward of its own.
+    """
     each = tasks_per_iteration(settings)
-    return 2 + settings.iterations * each + (each - 1) + 1
+    own = (each - 2) * settings.staleness if settings.iterations > 1 else 0
+    return 2 + settings.iterations * each + own + (each - 1) + 1
 
 
 def iterations_that_fit(settings: PipelineSettings) -> int:
     """Most iterations one run of these settings holds."""
     each = tasks_per_iteration(settings)
-    return max(1, (settings.cluster.max_tasks - 4 - (each - 1)) // each)  # 4: configure, dataset, publish, submit next
+    fixed = 4 + (each - 1) + (each - 2) * settings.staleness  # 4: configure, dataset, publish, submit next
+    return max(1, (settings.cluster.max_tasks - fixed) // each)
 
 
 def _too_many(settings: PipelineSettings, tasks: int) -> str:

@@ -91,18 +91,21 @@ class _Graph:
         begin = self.begin
         policies, optimizer = [begin.outputs["policy"]], begin.outputs["optimizer"]
         history = begin.outputs["history"]
+        num_evaluated, behind = 0, self.settings.staleness
         for iteration in range(self.settings.iterations):
-            sampled_from = policies[max(0, iteration - self.settings.staleness)]
-            scored = self._sample_and_score(iteration, sampled_from)
-            evaluated = self._evaluate(iteration, policies[-1], scored, history)
+            sampled = max(0, iteration - behind)  # the policy that is sampled, counted like iterations
+            scored = self._sample_and_score(iteration, policies[sampled])
             updated = self._update(iteration, policies[-1], optimizer, scored)
-            if not self.on_cluster:  # here one task runs at a time: the evaluation first, which one wants to see
-                updated.after(evaluated)
-            history = evaluated.outputs["evaluation"]
+            if sampled == num_evaluated:  # with staleness 1 the start policy is sampled twice
+                evaluated = self._evaluate(sampled, policies[sampled], scored, history)
+                history, num_evaluated = evaluated.outputs["evaluation"], num_evaluated + 1
+                if not self.on_cluster:  # here one task runs at a time: the evaluation first, which one wants to see
+                    updated.after(evaluated)
             policies.append(updated.outputs["next_policy"])
             optimizer = updated.outputs["next_optimizer"]
-        scored = self._sample_and_score(self.settings.iterations, policies[-1])
-        history = self._evaluate(self.settings.iterations, policies[-1], scored, history).outputs["evaluation"]
+        for sampled in range(num_evaluated, len(policies)):  # those no update learns from
+            scored = self._sample_and_score(sampled + behind, policies[sampled])
+            history = self._evaluate(sampled, policies[sampled], scored, history).outputs["evaluation"]
         decision = publish(settings=begin.outputs["publish_settings"], policy=policies[-1], evaluation=history)
         self._name(decision, "publish")
         if self.remaining:

@@ -55,7 +55,8 @@ class Progress:
             RunningTask(task, time.time() - event["time"], detail.get(task, "")) for task, event in open_tasks.items()
         ]
         numbers = [event["iteration"] for event in events if event["iteration"] is not None]
-        return cls(max(numbers, default=context.first_iteration), running, iteration_records(events))
+        newest = min(max(numbers, default=context.first_iteration), context.last_iteration)
+        return cls(newest, running, iteration_records(events))
 
 
 def _describe(event: dict[str, Any]) -> str:

@@ -1,17 +1,40 @@
 """What the stages before told of an iteration, gathered from their manifests."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from components.common.errors import DataError, StageError
 from components.common.manifest import Manifest, manifest_key
 from components.common.store import Store
 from components.evaluate.history import finite
+from components.evaluate.samples import Table
 
 log = logging.getLogger("grpo")
 
 _OF_THE_BATCH = ("reward", "frac_reward", "completions/")
 SECONDS = "seconds"
 """Entry of a manifest's metadata: how long its stage took."""
+
+
+def check_policy(policy: Manifest, iteration: int, tables: Mapping[str, Table]) -> None:
+    """Whether it is this policy that is judged here.
+
+    Raises:
+        StageError: the policy is of another iteration.
+        DataError: another policy wrote some of the samples.
+    """
+    if policy.iteration not in (None, iteration):
+        raise StageError(
+            f"evaluation {iteration} was given the policy of iteration {policy.iteration}: check the wiring of stages"
+        )
+    for split, table in tables.items():
+        digests = table.table.column("policy_digest").to_pylist()
+        strange = [digest for digest in digests if digest != policy.digest]
+        if strange:
+            raise DataError(
+                f"{len(strange)} of {len(digests)} {split} samples were written by policy {strange[0]}, the one to "
+                f"judge is {policy.digest}: give evaluate the policy that was sampled"
+            )
 
 
 def rollouts_of(store: Store, scored: Manifest) -> list[Manifest]:

@@ -42,8 +42,8 @@ def run(
     """Judges a policy by its scored samples and continues the history of the fine-tune.
 
     settings: JSON text, or a file of it, with the sections "run" and "stage".
-    iteration: iteration of this run, from 0.
-    policy: manifest of the policy that was sampled.
+    iteration: updates the policy has had in this run, from 0.
+    policy: manifest of the policy that was sampled; samples of another one are refused.
     scored: manifest of its scored samples; without held-out samples only the history grows.
     history: manifest of the evaluation before; without files at the start of a fine-tune.
     evaluation: manifest written: history.json, prompts.json, samples.json, report.html, summary.md.
@@ -79,6 +79,7 @@ def _evaluate(stage: Stage[EvaluateSettings]) -> None:
     started = time.monotonic()
     past = _past(stage)
     tables = _tables(stage)
+    gather.check_policy(stage.manifest("policy"), stage.iteration or 0, tables)
     held_out = _judge(stage, tables.get("eval"), past)
     rollouts = gather.rollouts_of(stage.store, stage.manifest("scored"))
     behind = (rollouts, stage.manifest("scored"), stage.manifest("policy"))

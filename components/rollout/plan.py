@@ -31,13 +31,18 @@ class Group:
         return self.split, self.requests[0].prompt_id
 
 
-def eval_is_due(settings: RolloutSettings, context: RunContext, iteration: int) -> bool:
-    """Whether this iteration's rollout samples the held-out prompts too: every so often, a run's ends always."""
-    return iteration % settings.eval_every == 0 or iteration in (context.first_iteration, context.last_iteration)
+def eval_is_due(settings: RolloutSettings, context: RunContext, iteration: int, policy: int) -> bool:
+    """Whether this iteration's rollout samples the held-out prompts too, `policy` being the policy's own iteration.
+
+    So it is every so many policies, for a run's first one, and where nothing else is sampled; no policy has it twice.
+    """
+    if policy == context.first_iteration:  # with staleness 1 two rollouts sample from it
+        return iteration == context.first_iteration
+    return policy % settings.eval_every == 0 or not train_is_due(context, iteration)
 
 
 def train_is_due(context: RunContext, iteration: int) -> bool:
-    """Whether this iteration's rollout samples train prompts: no update follows the run's last policy."""
+    """Whether this iteration's rollout samples train prompts: no update learns from those after the last."""
     return iteration < context.last_iteration
 
 

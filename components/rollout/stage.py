@@ -28,7 +28,7 @@ def run(settings: str, iteration: int, shard: int, policy: Path, prompts: Path, 
     """Samples completions from a policy.
 
     settings: JSON of the run's context and this stage's settings, or a file of it. iteration: counted from 0 within
-    the run; equal to the run's number of iterations it samples the held-out prompts only. shard: which part of the
+    the run; from the run's number of iterations on it samples the held-out prompts only. shard: which part of the
     prompts, from 0. policy, prompts: manifests to read. completions: manifest to write.
     """
     _, own = load_stage(RolloutSettings, settings)
@@ -108,11 +108,12 @@ def _plan(
             "train", table, share(chosen, stage.shard, context.shards), size=settings.group_size,
             sampling=plan.train_sampling(settings, ends), seed=context.seed, iteration=iteration,
         )  # fmt: skip
-    if "eval" in tables and plan.eval_is_due(settings, context, iteration):
+    policy = _policy_iteration(stage)
+    if "eval" in tables and plan.eval_is_due(settings, context, iteration, policy):
         table = tables["eval"]
         groups += plan.make_groups(
             "eval", table, plan.shard_rows(len(table), context, stage.shard), size=settings.eval_group_size,
-            sampling=plan.eval_sampling(settings, ends), seed=context.seed, iteration=iteration,
+            sampling=plan.eval_sampling(settings, ends), seed=context.seed, iteration=policy,
         )  # fmt: skip
     return groups, carried
 
@@ -180,7 +181,8 @@ def _publish(
         files[path.name] = write_completions(path, table, mine, collection.finished, texts, digest)
         metrics |= split_metrics(split, mine, collection.finished)
     warn_if_truncated(metrics)
-    metrics["rollout/staleness"] = float(stage.iteration - _policy_iteration(stage))
+    if "train.parquet" in files:
+        metrics["rollout/staleness"] = float(stage.iteration - _policy_iteration(stage))
     stage.publish(
         "completions", kind="rollout", files=files, metrics=metrics,
         metadata=metadata | sampling_metadata(stage.settings) | {"policy_iteration": _policy_iteration(stage)},

@@ -28,6 +28,7 @@ class Story:
 
     def __init__(self, folder: Path, *, run: str = "run-1", tracking_uri: str = "", enabled: bool = False) -> None:
         self.folder = folder
+        self.digests: dict[int, str] = {}
         self.store = open_store((folder / "store").as_uri())
         self.context = RunContext(
             fine_tune="sums", run=run, store=self.store.url, seed=3, iterations=2,
@@ -45,6 +46,8 @@ class Story:
         )  # fmt: skip
         path = self.folder / f"{self.context.run}-{iteration}-{name}.manifest.json"
         path.write_bytes(manifest.dump())
+        if kind == "policy":
+            self.digests[iteration] = manifest.digest
         return path
 
     def policy(self, iteration: int, text: str | None = None, **options) -> Path:
@@ -54,11 +57,14 @@ class Story:
         return self.artifact("policy", "policy", {"weights.txt": path}, iteration=iteration, **options)
 
     def scored(self, iteration: int, rollout_metrics: dict | None = None, **splits) -> Path:
-        """Scored samples: `eval={"a": [sample, ...]}`, `train={...}`; the reward functions are match and bonus."""
+        """Scored samples of the policy made last for that iteration: `eval={"a": [sample, ...]}`, `train={...}`.
+
+        The reward functions are match and bonus.
+        """
         completions, rewards = {}, {}
         for split, prompts in splits.items():
             rows = [(prompt, i, one) for prompt, group in prompts.items() for i, one in enumerate(group)]
-            completions[f"{split}.parquet"] = self._completions(split, rows)
+            completions[f"{split}.parquet"] = self._completions(split, rows, self.digests[iteration])
             rewards[f"{split}_rewards.parquet"] = self._rewards(split, rows)
         rollout = self.artifact(
             "completions-00", "rollout", completions, iteration=iteration, stage="rollout",
@@ -70,7 +76,7 @@ class Story:
             metrics={"reward": 0.5}, metadata={"seconds": 1.0}, parents={"completions": parent},
         )  # fmt: skip
 
-    def _completions(self, split, rows):
+    def _completions(self, split, rows, digest):
         table = pa.table({
             "prompt_id": [prompt for prompt, _, _ in rows],
             "prompt": [f"question {prompt}" for prompt, _, _ in rows],
@@ -81,7 +87,7 @@ class Story:
             "logprobs": [[-0.5] * len(one["completion"]) for _, _, one in rows],
             "finish_reason": [one["finish"] for _, _, one in rows],
             "seed": [0 for _ in rows],
-            "policy_digest": ["p" for _ in rows],
+            "policy_digest": [digest for _ in rows],
             "answer": [TRUTH.get(prompt, "0") for prompt, _, _ in rows],
         })  # fmt: skip
         return write_table(table, self.folder / f"{split}.parquet", completion_fields())

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from components.common.errors import SettingsError
+from components.common.errors import DataError, SettingsError, StageError
 from components.common.manifest import Manifest
 from components.common.settings import dump_stage, validate
 from components.evaluate.config import EvaluateSettings
@@ -162,6 +162,23 @@ def test_settings_are_checked():
         validate(EvaluateSettings, {"k_values": [1, 0]})
 
 
+def test_samples_of_another_policy_are_refused(story, sample):
+    first, second = story.policy(0), story.policy(1)
+    scored = story.scored(0, eval={"a": [sample("12", True)] * 2}, train={"c": [sample("0", True)] * 2})
+    message = rf"2 of 2 eval samples were written by policy {story.digests[0]}, the one to judge is {story.digests[1]}"
+    with pytest.raises(DataError, match=message):
+        story.evaluate(1, second, scored)
+    with pytest.raises(StageError, match="evaluation 1 was given the policy of iteration 0"):
+        story.evaluate(1, first, scored)
+
+
+def test_train_samples_of_another_policy_are_refused_too(story, sample):
+    story.policy(0)
+    scored, second = story.scored(0, train={"c": [sample("0", True)] * 2}), story.policy(1)
+    with pytest.raises(DataError, match="2 of 2 train samples were written by policy"):
+        story.evaluate(1, second, scored)
+
+
 def test_the_table_is_bounded_and_mixed(story, sample):
     long = "y" * 5000
     held_out = {f"p{i}": [sample(f"{i} {long}", True), sample(f"{i} bad {long}", False)] for i in range(40)}
@@ -179,7 +196,7 @@ def test_the_table_is_bounded_and_mixed(story, sample):
 def test_shards_are_one_record(story, sample):
     """Two rollouts behind one scored artifact: counts add up, lengths are averaged, the slower one is the time."""
     rows = {"a": [sample("12", True)] * 2}
-    scored = story.scored(0, eval=rows)
+    policy, scored = story.policy(0), story.scored(0, eval=rows)
     for shard, length, seconds in ((1, 10.0, 3.0), (2, 20.0, 7.0)):
         path = story.folder / f"shard{shard}.txt"
         path.write_text(str(shard))
@@ -192,7 +209,7 @@ def test_shards_are_one_record(story, sample):
     parents = {f"completions[{i}]": Manifest.load(path).digest for i, path in enumerate(shards)}
     merged = Manifest.load(scored).model_copy(update={"parents": parents})
     scored.write_bytes(merged.dump())
-    record = story.evaluate(0, story.policy(0), scored).json("history.json")["records"][0]
+    record = story.evaluate(0, policy, scored).json("history.json")["records"][0]
     wanted = {"completions/mean_length": 15.0, "num_tokens": 200.0, "completions/max_length": 20.0}
     assert record["metrics"] | wanted == record["metrics"]
     assert record["seconds"]["rollout"] == 7.0

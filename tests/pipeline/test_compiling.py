@@ -104,6 +104,32 @@ def test_staleness_lets_the_next_rollout_run_beside_the_update(tmp_path):
         assert (keys["update 0"] in rollout["dependentTasks"]) is waits
 
 
+def source_of(tasks, name, role):
+    """The task an input artifact comes from."""
+    return tasks[name]["inputs"]["artifacts"][role]["taskOutputArtifact"]["producerTask"]
+
+
+@pytest.mark.parametrize(("iterations", "staleness"), [(1, 0), (4, 0), (1, 1), (2, 1), (4, 1)])
+def test_every_policy_is_evaluated_once_on_its_own_samples(tmp_path, iterations, staleness):
+    tasks = compiled(tmp_path, iterations=iterations, staleness=staleness)[0]["root"]["dag"]["tasks"]
+    assert len(tasks) == task_count(settings(iterations=iterations, staleness=staleness))
+    names = {task["taskInfo"]["name"]: key for key, task in tasks.items()}
+    makers = [names["configure"], *(names[f"update {number}"] for number in range(iterations))]
+    for number, maker in enumerate(makers):
+        judged = names[f"evaluate {number}"]
+        sampled = source_of(tasks, source_of(tasks, judged, "scored"), "completions")
+        assert source_of(tasks, judged, "policy") == source_of(tasks, sampled, "policy") == maker
+        runtime = tasks[judged]["inputs"]["parameters"]["iteration"]["runtimeValue"]["constant"]
+        assert runtime == number
+    assert f"evaluate {iterations + 1}" not in names
+    rollouts = [key for name, key in names.items() if name.startswith("rollout")]
+    last = names[f"rollout {iterations + staleness}"]
+    assert len(rollouts) == iterations + 1 + (staleness if iterations > 1 else 0)
+    if staleness and iterations > 1:  # the last policy but one is judged beside the last update
+        assert makers[-1] not in tasks[names[f"rollout {iterations}"]]["dependentTasks"]
+    assert makers[-1] in tasks[last]["dependentTasks"]
+
+
 def test_every_setting_is_a_parameter_with_its_value_as_default(two_iterations):
     parameters = two_iterations[0]["root"]["inputDefinitions"]["parameters"]
     assert set(parameters) == {"run"} | {field.name for field in form_fields(RunSettings)}

@@ -184,6 +184,29 @@ def test_two_shards_cover_the_same_prompts_and_the_next_run_goes_on(project, fin
     assert {"rollout-0002-shard00", "rollout-0002-shard01"} <= tasks
 
 
+def test_with_staleness_every_policy_is_judged_once_by_its_own_samples(project, finished):
+    """Two runs of a chain: rollout k samples from policy k - 1, which is the one its evaluation speaks of."""
+    stale = ["--set", "fine_tune=stale", "--set", "staleness=1"]
+    grpo(project, "run", "settings.toml", *stale)
+    grpo(project, "run", "settings.toml", *stale, "--set", "start_from=latest")
+    store = open_store((project / "runs" / "store").as_uri())
+    found = policies(project, "stale", "run-0001") | policies(project, "stale", "run-0002")
+    last = Manifest.parse(store.get_bytes("manifests/stale/run-0002/0004/evaluation.json"), where="evaluation")
+    records = json.loads(store.get_bytes(next(file.key for file in last.files if file.name == "history.json")))[
+        "records"
+    ]
+    assert [record["policy"] for record in records] == [found[f"{number:04d}"] for number in range(5)]
+    assert all("eval/pass@1" in record["metrics"] for record in records)
+    for run, first, end in (("run-0001", 0, 2), ("run-0002", 2, 4)):
+        for iteration in range(first, end + 2):
+            key = f"manifests/stale/{run}/{iteration:04d}/completions-00.json"
+            rollout = Manifest.parse(store.get_bytes(key), where=key)
+            sampled = max(first, iteration - 1)
+            assert rollout.parents["policy"] == found[f"{sampled:04d}"]
+            trains, judges = iteration < end, iteration != first + 1
+            assert rollout.names == {f"{split}.parquet" for split, due in (("train", trains), ("eval", judges)) if due}
+
+
 def test_a_recurring_run_ends_early_until_the_data_changes(project, finished):
     again = ["--set", "skip_unchanged_data=true", "--set", "start_from=champion", "--set", "iterations=1"]
     always = ["--set", "publish.min_improvement=-1"]  # any policy is accepted, so that there is a champion

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from components.common.errors import DataError, DigestMismatch, HealthError, SettingsError, StageError, StoreError
+from components.common.settings import RunContext
 from components.common.store import open_store
+from components.rollout.config import RolloutSettings
+from components.rollout.plan import eval_is_due
 from components.rollout.prompts import choose
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +57,22 @@ def test_eval_prompts_are_sampled_when_due_and_the_last_policy_only_there(make_j
     job = make_job(name="third", iteration=4)
     kinds.append(job.run(iteration=4, eval_every=3, out="4").names)
     assert kinds == [{"train.parquet", "eval.parquet"}, {"train.parquet"}, {"eval.parquet"}]
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize(("first", "iterations", "every"), [(0, 1, 1), (0, 4, 1), (3, 5, 3), (4, 6, 4), (0, 7, 100)])
+def test_each_policy_that_is_due_is_evaluated_once(staleness, first, iterations, every):
+    context = RunContext(
+        fine_tune="f", run="r", store="s", seed=0, first_iteration=first, iterations=iterations, staleness=staleness
+    )
+    settings, last = RolloutSettings(eval_every=every), first + iterations
+    rollouts = [(iteration, max(first, iteration - staleness)) for iteration in range(first, last)]
+    rollouts += [(policy + staleness, policy) for policy in range(rollouts[-1][1] + 1, last + 1)]
+    judged = [policy for iteration, policy in rollouts if eval_is_due(settings, context, iteration, policy)]
+    due = {policy for policy in range(first, last + 1) if policy % every == 0} | {first, last}
+    if staleness and iterations > 1:
+        due.add(last - 1)  # it has a rollout of its own, which samples nothing else
+    assert judged == sorted(due)
 
 
 def test_shards_share_the_prompts_and_draw_what_one_job_draws(make_job):

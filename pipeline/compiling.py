@@ -36,6 +36,9 @@ def compile_to(settings: PipelineSettings, output: Path, *, remaining: int = 0) 
     # KFP's own writer puts every default into a comment at the top as it is, and a line break there ends the comment.
     documents = [MessageToDict(graph.pipeline_spec), MessageToDict(graph.platform_spec)]
     _add_choices(documents[0])
+    if output.is_dir() or not output.resolve().parent.is_dir():
+        what = "is a folder" if output.is_dir() else f"cannot be written: there is no folder {output.parent}"
+        raise SettingsError(f"{output} {what}; name a file in a folder that is there")
     with tempfile.TemporaryDirectory(dir=output.resolve().parent) as folder:
         draft = Path(folder) / "pipeline.yaml"
         draft.write_text(yaml.dump_all(documents, Dumper=DUMPER))

@@ -8,14 +8,14 @@ import sys
 import tempfile
 import types
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from components.common.settings import field_paths
+from components.common.settings import entry_model, field_paths, section_model
 from pipeline.resources import STAGES
 from pipeline.settings import PipelineSettings
 
@@ -31,17 +31,23 @@ def configuration() -> str:
     """docs/configuration.md."""
     sections: dict[tuple[str, ...], list[str]] = {}
     descriptions: dict[tuple[str, ...], str] = {(): "The run"}
+    lists: set[tuple[str, ...]] = set()
     for path, field in field_paths(PipelineSettings).items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        inner = section_model(field.annotation)
+        if entry := entry_model(field.annotation):
+            lists.add(path)
+            descriptions[path] = _one_line(entry.__doc__)
+        if inner:
             descriptions[path] = _one_line(field.description)
             sections.setdefault(path, [])
         else:
             row = f"| `{path[-1]}` | {_kind(field)} | {_default(field)} | {_one_line(field.description)} |"
             sections.setdefault(path[:-1], []).append(row)
     parts = [HEAD]
-    for section, rows in sections.items():
-        title = f"`[{'.'.join(section)}]`" if section else "Top level"
-        parts.append(f"## {title}\n\n{descriptions[section]}\n")
+    for path, rows in sections.items():
+        name = ".".join(path)
+        title = "Top level" if not path else f"`[[{name}]]`" if path in lists else f"`[{name}]`"
+        parts.append(f"## {title}\n\n{descriptions[path]}\n")
         if rows:
             parts.append("| setting | type | default | what it does |\n|---|---|---|---|\n" + "\n".join(rows) + "\n")
     return "\n".join(parts)
@@ -57,6 +63,8 @@ def _kind(field: FieldInfo) -> str:
 
 def _name(annotation: Any) -> str:
     origin = get_origin(annotation)
+    if origin is Annotated:
+        return _name(get_args(annotation)[0])
     if origin is Literal:
         return ", ".join(f"`{json.dumps(choice)}`" for choice in get_args(annotation))
     if origin in (Union, types.UnionType):

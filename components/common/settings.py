@@ -1,11 +1,13 @@
 """Settings: declared once as pydantic models, read from TOML, overridden by `--set`, refused when unknown."""
 
+import copy
+import datetime
 import difflib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -77,7 +79,10 @@ def validate(model: type[S], values: Mapping[str, Any], *, where: str = "setting
 
 def _explain(model: type[Settings], error: ValidationError, where: str) -> str:
     lines = []
-    for problem in error.errors(include_url=False):
+    problems = error.errors(include_url=False)
+    for problem in problems:
+        if problem["type"] == "too_short" and any(_lies_in(other, problem) for other in problems):
+            continue  # a list is short of the entries that were refused
         path = [str(part) for part in problem["loc"]]
         name = ".".join(path) or "(whole)"
         if problem["type"] == "extra_forbidden":
@@ -86,27 +91,54 @@ def _explain(model: type[Settings], error: ValidationError, where: str) -> str:
             lines.append(f"{name} is missing; add it to the settings file")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            got = "" if isinstance(problem.get("input"), Mapping) else f", got {problem.get('input')!r}"
-            lines.append(f"{name}: {message}{got}" if path else message)
+            lines += [f"{name}: {message}{_got(problem.get('input'))}"] if path else message.split("\n")
     count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
     return f"{where}: {count}\n" + "\n".join(f"  {line}" for line in lines)
 
 
+def _lies_in(other: Mapping[str, Any], problem: Mapping[str, Any]) -> bool:
+    depth = len(problem["loc"])
+    return len(other["loc"]) > depth and other["loc"][:depth] == problem["loc"]
+
+
+def _got(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ""
+    if isinstance(value, datetime.date | datetime.time):  # TOML has both, no setting is one
+        return f", got the date or time {value}: put it in quotes"
+    return f", got {value!r}"
+
+
 def _suggestion(model: type[Settings], path: Sequence[str]) -> str:
     known = {".".join(name) for name in field_paths(model)}
-    near = difflib.get_close_matches(".".join(path), known, n=1, cutoff=0.6)
+    named = [part for part in path if not part.isdigit()]  # without the positions in lists
+    near = difflib.get_close_matches(".".join(named), known, n=1, cutoff=0.6)
     if not near:  # the right name in the wrong section
         near = [name for name in sorted(known) if name.rsplit(".", 1)[-1] == path[-1]][:1]
     return f"; did you mean {near[0]}?" if near else "; `docs/configuration.md` lists them all"
 
 
-def field_paths(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    """Every leaf field and section of a settings model: path of names → pydantic FieldInfo."""
+def section_model(annotation: Any) -> type[BaseModel] | None:
+    """The settings model a field's type is, if it is one."""
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def entry_model(annotation: Any) -> type[BaseModel] | None:
+    """The settings model each entry of a field's list is, if it is one (`[[reward.functions]]`)."""
+    return section_model(get_args(annotation)[0]) if get_origin(annotation) is tuple else None
+
+
+def field_paths(model: type[BaseModel], *, in_lists: bool = True) -> dict[tuple[str, ...], Any]:
+    """Every field and section of a settings model: path of names → pydantic FieldInfo.
+
+    `in_lists`: those of the entries of lists as well.
+    """
     found: dict[tuple[str, ...], Any] = {}
     for name, field in model.model_fields.items():
-        found[(*prefix, name)] = field
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found.update(field_paths(field.annotation, (*prefix, name)))
+        found[(name,)] = field
+        inner = section_model(field.annotation) or (entry_model(field.annotation) if in_lists else None)
+        if inner:
+            found |= {(name, *path): below for path, below in field_paths(inner, in_lists=in_lists).items()}
     return found
 
 
@@ -133,7 +165,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
     Raises:
         SettingsError: an override without `=` or one that runs through a value that is no section.
     """
-    merged = json.loads(json.dumps(values))
+    merged = copy.deepcopy(dict(values))
     for override in overrides:
         name, separator, text = override.partition("=")
         if not separator or not name.strip():

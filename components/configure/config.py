@@ -1,14 +1,19 @@
 """The run's settings: one section a stage, and the few values that belong to the whole run."""
 
-from typing import Literal
+import re
+from collections.abc import Iterator
+from typing import Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from components.common.settings import NAME_PATTERN, RunContext, Settings, TrackingSettings
 from components.dataset.config import DatasetSettings
+from components.evaluate import metrics
 from components.evaluate.config import EvaluateSettings
 from components.publish.config import PublishSettings
 from components.reward.config import RewardSettings
+from components.reward.names import nearest
 from components.rollout.config import RolloutSettings
 from components.update.config import UpdateSettings
 
@@ -53,14 +58,22 @@ class RunSettings(Settings):
     publish: PublishSettings = PublishSettings()
     """Acceptance."""
 
+    @field_validator("store")
+    @classmethod
+    def _can_be_opened(cls, store: str) -> str:
+        parts = urlsplit(store) if "://" in store else None
+        if parts and not ((parts.scheme == "s3" and parts.netloc) or (parts.scheme == "file" and not parts.netloc)):
+            raise ValueError("want s3://bucket/prefix, file:///folder or a local path")
+        return store
+
     @model_validator(mode="after")
-    def _check_across_sections(self) -> "RunSettings":
+    def _check_across_sections(self) -> Self:
         problems = list(self._problems())
         if problems:
-            raise ValueError("\n  ".join(problems))
+            raise ValueError("\n".join(problems))
         return self
 
-    def _problems(self):
+    def _problems(self) -> Iterator[str]:
         if self.rollout.num_prompts < self.shards:
             yield (
                 f"shards: {self.shards} jobs cannot share rollout.num_prompts = {self.rollout.num_prompts}; "
@@ -72,7 +85,6 @@ class RunSettings(Settings):
                 f"evaluate.correct_reward: want one of the reward functions ({', '.join(judges)}), "
                 f"got {self.evaluate.correct_reward!r}"
             )
-
         buffer, limit = self.update.overlong_buffer, self.rollout.max_completion_length
         if buffer > limit:
             yield (
@@ -83,6 +95,20 @@ class RunSettings(Settings):
             yield (
                 "update.overlong_buffer and the reward function soft_overlong both punish long completions: remove one"
             )
+        deciding = metrics.deciding(self.evaluate.k_values, self.rollout.eval_group_size)
+        if self.publish.metric not in deciding:
+            yield f"publish.metric: no evaluation has {self.publish.metric}{self._way_out(deciding)}"
+
+    def _way_out(self, deciding: list[str]) -> str:
+        match = re.fullmatch(r"eval/(pass|maj)@([1-9]\d*)", self.publish.metric)
+        if not match or (match[1] == "maj" and int(match[2]) < 3):
+            return nearest(self.publish.metric, deciding)
+        k, ways = int(match[2]), []
+        if k not in (1, *self.evaluate.k_values):
+            ways.append(f"add {k} to evaluate.k_values")
+        if k > self.rollout.eval_group_size:
+            ways.append(f"raise rollout.eval_group_size from {self.rollout.eval_group_size} to {k}")
+        return f"; {' and '.join(ways)}"
 
     def context(self, *, run: str, first_iteration: int) -> RunContext:
         """The part every stage is told."""

@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from components.common.settings import field_paths
+from components.common.settings import field_paths, section_model
 
 STRUCTURAL = ("iterations", "shards", "staleness", "skip_unchanged_data", "update.nodes")
 """Settings that decide which tasks there are, and what pods they get."""
@@ -49,9 +49,9 @@ class FormField:
 
 def form_fields(model: type[BaseModel]) -> Iterator[FormField]:
     """The form of a settings model, in the order of its fields."""
-    for path, field in field_paths(model).items():
+    for path, field in field_paths(model, in_lists=False).items():
         annotation = field.annotation
-        if ".".join(path) in STRUCTURAL or (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        if ".".join(path) in STRUCTURAL or section_model(annotation):
             continue
         optional = get_origin(annotation) in (Union, types.UnionType) and type(None) in get_args(annotation)
         if optional:

@@ -43,6 +43,7 @@ def run(
     """
     given = {section: value for section, value in json.loads(settings).items() if section != "cluster"}
     resolved = validate(RunSettings, overlay(given, json.loads(parameters), RunSettings))
+    resolved.publish.check_export_dir()  # better now than after the last iteration
     name = (run or job_id).lower()
     store = open_store(resolved.store)
     begin = _find_start(resolved, store, name)

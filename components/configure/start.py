@@ -17,6 +17,8 @@ log = logging.getLogger("grpo")
 
 POLICY_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 """Files of a model folder that make a policy; nothing executable among them."""
+INDEX = "model.safetensors.index.json"
+"""File of a model in several shards that says which tensor lies in which."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,24 @@ def _check(files: dict[str, Path], model: str) -> None:
         )
     if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & set(files):
         raise DataError(f"model {model}: no tokenizer (tokenizer.json); save it there too with `save_pretrained`")
+    if INDEX in files:
+        shards = _json(files[INDEX]).get("weight_map", {}).values()
+        missing = sorted({str(shard) for shard in shards} - set(files))
+        if missing:
+            raise DataError(
+                f"model {model}: {INDEX} names {', '.join(missing)}, and the folder has no such file; "
+                "fetch or save the model anew"
+            )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise DataError(f"{path} is not JSON ({error}); save the model anew with `save_pretrained`") from None
+    if not isinstance(values, dict):
+        raise DataError(f"{path} holds a {type(values).__name__}, want a JSON object; save the model anew")
+    return values
 
 
 def _from_hub(model: str) -> Path:
@@ -88,7 +108,7 @@ def _from_s3(url: str, folder: Path) -> Path:
 
 def describe(files: dict[str, Path]) -> dict[str, Any]:
     """What later stages and checks want to know of a model: architecture, context length, vocabulary."""
-    config = json.loads(files["config.json"].read_text())
+    config = _json(files["config.json"])
     text = config.get("text_config", config)
     return {
         "architecture": (config.get("architectures") or ["unknown"])[0],

@@ -68,6 +68,8 @@ def make_prompts(split: str, table: "pa.Table", tokenizer: Any, settings: Datase
     Raises:
         DataError: no prompt column, prompts of another kind, empty prompts, or duplicate ids.
     """
+    import pyarrow as pa
+
     prompts_P = _prompt_column(split, table, settings)
     own = _own_columns(split, table, settings)
     empty = [not _has_text(prompt) for prompt in prompts_P]
@@ -78,10 +80,11 @@ def make_prompts(split: str, table: "pa.Table", tokenizer: Any, settings: Datase
         )
     rows = [row for row, bad in enumerate(empty) if not bad]
     kept = [prompts_P[row] for row in rows]
-    ids = _ids(split, table.take(rows), kept, own.take(rows), settings)
+    chosen = pa.array(rows, pa.int64())  # typed: of no rows at all Arrow would not know
+    ids = _ids(split, table.take(chosen), kept, own.take(chosen), settings)
     texts = render(kept, tokenizer, settings)
     tokens_PT = tokenise(texts, tokenizer, rendered=settings.chat_template)
-    prompts = Prompts(split, ids, texts, tokens_PT, own.take(rows), table.num_rows, Counter(empty=sum(empty)))
+    prompts = Prompts(split, ids, texts, tokens_PT, own.take(chosen), table.num_rows, Counter(empty=sum(empty)))
     if settings.id_column is None:
         first = {name: row for row, name in reversed(list(enumerate(ids)))}
         prompts = prompts.drop([first[name] != row for row, name in enumerate(ids)], "repeated")

@@ -15,6 +15,8 @@ from math import comb, prod
 
 PREFIX = "eval/"
 PASS_AT_1 = "eval/pass@1"
+PLAIN = ("eval/reward", "eval/completions/mean_length", "eval/completions/clipped_ratio")
+"""Metrics over all samples, without an interval."""
 _EXACT_SUBSETS = 300
 """Up to so many k-subsets of a prompt's samples a majority vote is averaged over all of them."""
 _DRAWN_SUBSETS = 100
@@ -79,10 +81,20 @@ def _vote(right: Sequence[bool], answers: Sequence[str], subset: Sequence[int]) 
     return sum(right[i] for i in subset if answers[i] in winners) / (most * len(winners))
 
 
-def usable_ks(k_values: Sequence[int], prompts: Sequence[Samples]) -> list[int]:
-    """The k that every prompt has samples for; 1 is always among them."""
-    fewest = min((len(samples) for samples in prompts), default=0)
-    return sorted(k for k in {1, *k_values} if k <= fewest)
+def usable_ks(k_values: Sequence[int], num_samples: int) -> list[int]:
+    """The k that `num_samples` samples of a prompt are enough for; 1 is always among them."""
+    return sorted(k for k in {1, *k_values} if k <= num_samples)
+
+
+def rates(ks: Sequence[int]) -> list[str]:
+    """Names of the metrics that are means over prompts."""
+    voted = [k for k in ks if k > 2]  # of one or two samples no majority can differ from their mean
+    return [f"{PREFIX}pass@{k}" for k in ks] + [f"{PREFIX}maj@{k}" for k in voted]
+
+
+def deciding(k_values: Sequence[int], num_samples: int) -> list[str]:
+    """Names of the metrics a policy may be accepted by, from `num_samples` samples of every held-out prompt."""
+    return [*rates(usable_ks(k_values, num_samples)), *PLAIN]
 
 
 def evaluate(prompts: Sequence[Samples], k_values: Sequence[int], *, resamples: int, seed: int) -> Evaluation:
@@ -94,7 +106,7 @@ def evaluate(prompts: Sequence[Samples], k_values: Sequence[int], *, resamples: 
     if not prompts:
         return Evaluation({}, {})
     ids = [samples.prompt_id for samples in prompts]
-    columns = _per_prompt(prompts, usable_ks(k_values, prompts), seed)
+    columns = _per_prompt(prompts, usable_ks(k_values, min(map(len, prompts))), seed)
     names = list(columns)
     values_PM = np.array([columns[name] for name in names], dtype=np.float64).T
     low_M, high_M = intervals(values_PM, resamples=resamples, seed=seed)
@@ -109,11 +121,13 @@ def evaluate(prompts: Sequence[Samples], k_values: Sequence[int], *, resamples: 
 def _per_prompt(prompts: Sequence[Samples], ks: Sequence[int], seed: int) -> dict[str, list[float]]:
     """Metric → one value a prompt, for the metrics that carry an interval."""
     columns: dict[str, list[float]] = {}
-    for k in ks:
-        columns[f"{PREFIX}pass@{k}"] = [pass_at_k(len(group), sum(group.right), k) for group in prompts]
-    for k in ks:
-        if k > 2:  # of one or two samples no majority can differ from their mean
-            columns[f"{PREFIX}maj@{k}"] = [maj_at_k(group.right, group.answers, k, seed=seed) for group in prompts]
+    for name in rates(ks):
+        kind, _, k = name.removeprefix(PREFIX).partition("@")
+        columns[name] = [
+            pass_at_k(len(group), sum(group.right), int(k)) if kind == "pass"
+            else maj_at_k(group.right, group.answers, int(k), seed=seed)
+            for group in prompts
+        ]  # fmt: skip
     return columns
 
 

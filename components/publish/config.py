@@ -1,8 +1,15 @@
 """Settings of the publish stage."""
 
+import os
+from pathlib import Path
+
 from pydantic import Field
 
+from components.common.errors import SettingsError
 from components.common.settings import Settings
+
+EXPORT_MARK = "grpo-policy.json"
+"""File of an exported policy that says which one it is."""
 
 
 class PublishSettings(Settings):
@@ -23,3 +30,27 @@ class PublishSettings(Settings):
     export_dir: str | None = None
     """Folder that gets an accepted policy as a plain Hugging Face model; what an earlier export left there is
     replaced."""
+
+    def check_export_dir(self) -> None:
+        """Refuses a folder that cannot be written, or that holds something else than an earlier export.
+
+        Raises:
+            SettingsError: with the way out.
+        """
+        if self.export_dir is None:
+            return
+        folder = Path(self.export_dir).absolute()
+        if folder.exists() and not (folder.is_dir() and _may_be_replaced(folder)):
+            raise SettingsError(
+                f"publish.export_dir = {self.export_dir!r} exists and is no earlier export (no {EXPORT_MARK} in it); "
+                "name a new or empty folder"
+            )
+        above = folder.parent
+        if above.exists() and not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+            raise SettingsError(
+                f"publish.export_dir = {self.export_dir!r}: nothing can be written to {above}; name another folder"
+            )
+
+
+def _may_be_replaced(folder: Path) -> bool:
+    return (folder / EXPORT_MARK).exists() or not any(folder.iterdir())

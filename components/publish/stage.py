@@ -47,7 +47,7 @@ def run(settings: str, policy: Path, evaluation: Path, decision: Path, summary: 
 
 
 def _publish(stage: Stage[PublishSettings]) -> None:
-    export.check(stage.settings.export_dir)
+    stage.settings.check_export_dir()
     folder = stage.fetch("evaluation")
     prompts, records = (json.loads((folder / name).read_text()) for name in ("prompts.json", "history.json"))
     present = champion.read(stage.store, stage.context.fine_tune)

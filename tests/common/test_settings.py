@@ -3,6 +3,7 @@
 from typing import Literal
 
 import pytest
+from pydantic import Field
 
 from components.common.errors import SettingsError
 from components.common.settings import (
@@ -21,9 +22,14 @@ class Inner(Settings):
     loss_type: Literal["grpo", "dapo"] = "dapo"
 
 
+class Entry(Settings):
+    weight: float = 1.0
+
+
 class Outer(Settings):
     name: str
     update: Inner = Inner()
+    entries: tuple[Entry, ...] = Field(default=(Entry(),), min_length=1)
 
 
 def test_a_misspelt_setting_names_the_nearest():
@@ -34,6 +40,29 @@ def test_a_misspelt_setting_names_the_nearest():
 def test_a_setting_in_the_wrong_section_is_found_by_its_name():
     with pytest.raises(SettingsError, match=r"did you mean update\.learning_rate\?"):
         validate(Outer, {"name": "x", "learning_rate": 1e-6})
+
+
+def test_a_misspelt_setting_in_a_list_names_the_nearest_and_is_the_only_problem():
+    with pytest.raises(SettingsError) as error:
+        validate(Outer, {"name": "x", "entries": [{"wieght": 2}]})
+    assert str(error.value).splitlines() == [
+        "settings: 1 problem", "  entries.0.wieght is not a setting; did you mean entries.weight?",
+    ]  # fmt: skip
+    with pytest.raises(SettingsError, match="entries: Tuple should have at least 1 item"):
+        validate(Outer, {"name": "x", "entries": []})
+
+
+def test_a_date_is_no_text(tmp_path):
+    (tmp_path / "settings.toml").write_text("name = 2024-01-01\n")
+    values = apply_overrides(read_toml(tmp_path / "settings.toml"), ["update.learning_rate=2e-6"])
+    with pytest.raises(SettingsError, match=r"name: .*got the date or time 2024-01-01: put it in quotes"):
+        validate(Outer, values)
+
+
+def test_overrides_leave_the_values_they_are_laid_over_alone():
+    values = {"update": {"learning_rate": 1.0}}
+    assert apply_overrides(values, ["update.learning_rate=2.0"]) == {"update": {"learning_rate": 2.0}}
+    assert values == {"update": {"learning_rate": 1.0}}
 
 
 def test_all_problems_come_at_once():

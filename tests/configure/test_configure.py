@@ -3,6 +3,7 @@
 import json
 import shutil
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
@@ -107,6 +108,70 @@ def test_a_model_folder_that_lacks_something(configure, tiny_model, tmp_path, mi
 def test_a_model_folder_that_is_not_there(configure, tmp_path):
     with pytest.raises(DataError, match="no folder"):
         configure(model=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\udcff"])
+def test_a_config_that_is_not_json(configure, tiny_model, tmp_path, text):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(DataError, match=r"config\.json (is not JSON|holds a list).* save the model anew"):
+        configure(model=str(folder))
+
+
+def test_a_shard_that_the_index_names_and_the_folder_lacks(configure, tiny_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    shards = {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(DataError, match=r"index\.json names model-00002-of-00002\.safetensors, and the folder has no"):
+        configure(model=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"publish": {"metric": "eval/pas@1"}}, r"metric: no evaluation has eval/pas@1; did you mean eval/pass@1\?"),
+        ({"publish": {"metric": "eval/maj@2"}}, "no evaluation has eval/maj@2; did you mean eval/maj@4"),
+        (
+            {"publish": {"metric": "eval/pass@8"}, "rollout": {"eval_group_size": 1}},
+            r"has eval/pass@8; raise rollout\.eval_group_size from 1 to 8$",
+        ),
+        (
+            {"publish": {"metric": "eval/maj@6"}},
+            r"has eval/maj@6; add 6 to evaluate\.k_values and raise rollout\.eval_group_size from 4 to 6$",
+        ),
+        ({"store": "http://x"}, "store: want s3://bucket/prefix, file:///folder or a local path, got 'http://x'"),
+        ({"store": "s3:///prefix"}, "store: want s3://bucket/prefix"),
+        ({"store": "file://folder"}, "store: want s3://bucket/prefix, file:///folder"),
+    ],
+)  # fmt: skip
+def test_what_would_fail_after_all_training_fails_first(configure, tmp_path, changes, message):
+    with pytest.raises(SettingsError, match=message):
+        configure(**changes)
+    assert not (tmp_path / "store").exists()
+
+
+def test_an_export_that_could_not_be_written_is_refused_first(configure, tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years of work")
+    for export_dir, message in [("home", "is no earlier export"), ("home/thesis.txt/x", "nothing can be written to")]:
+        with pytest.raises(SettingsError, match=message):
+            configure({"publish.export_dir": str(tmp_path / export_dir)})
+    assert not (tmp_path / "store").exists()
+
+
+def test_problems_across_sections_are_counted(configure):
+    with pytest.raises(SettingsError) as error:
+        configure({"rollout.num_prompts": 3}, shards=4, evaluate={"correct_reward": "x"}, publish={"metric": "loss"})
+    head, *problems = str(error.value).splitlines()
+    assert head == "settings: 3 problems" and len(problems) == 3
+
+
+def test_the_readme_shows_what_is_printed(configure):
+    with pytest.raises(SettingsError) as error:
+        configure({"update.learning_rte": 1e-6, "rollout.group_size": 1})
+    assert f"```\n{error.value}\n```" in (Path(__file__).parents[2] / "components/configure/README.md").read_text()
 
 
 def test_going_on_where_nothing_was(configure):

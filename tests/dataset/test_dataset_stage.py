@@ -1,5 +1,7 @@
 """The dataset stage end to end: rows in, prompts out."""
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from components.common.errors import ArtifactNotFound, DataError, SettingsError
@@ -116,6 +118,10 @@ REFUSED = {
         [*SUMS, {"prompt": "  ", "answer": 0}, {"prompt": None, "answer": 1}], {},
         r"2 of 14 rows have an empty prompt \(rows 12, 13, counted from 0\)",
     ),
+    "only empty prompts": (
+        [{"prompt": "", "answer": 0}, {"prompt": None, "answer": 1}], {"empty_prompts": "drop"},
+        "no prompts left of 2 rows: 2 empty",
+    ),
     "nothing left": (
         SUMS, {"max_prompt_length": 3},
         "no prompts left of 12 rows: 12 longer than max_prompt_length = 3",
@@ -158,6 +164,14 @@ def test_unusable_data_is_refused(name, case, plain_tokenizer_folder, write_rows
     rows, settings, message = REFUSED[name]
     with pytest.raises(DataError, match=message):
         case.run(case.policy(plain_tokenizer_folder), source=write_rows(rows), **{"num_eval": 1} | settings)
+
+
+@pytest.mark.parametrize("id_column", [None, "name"])
+def test_a_table_with_the_columns_and_no_rows(case, plain_tokenizer_folder, tmp_path, id_column):
+    columns = {"prompt": pa.array([], pa.string()), "name": pa.array([], pa.string())}
+    pq.write_table(pa.table(columns), tmp_path / "none.parquet")
+    with pytest.raises(DataError, match=r"train: no prompts left of 0 rows; check dataset.source"):
+        case.run(case.policy(plain_tokenizer_folder), source=str(tmp_path / "none.parquet"), id_column=id_column)
 
 
 def test_empty_prompts_may_be_dropped(case, plain_tokenizer_folder, write_rows):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from components.common.bootstrap import intervals, paired_difference
-from components.evaluate.metrics import Samples, evaluate, gain_over, maj_at_k, pass_at_k, usable_ks
+from components.evaluate.metrics import Samples, deciding, evaluate, gain_over, maj_at_k, pass_at_k, usable_ks
 
 
 def samples(name, right, answers=None, lengths=None, truncated=None):
@@ -91,6 +91,7 @@ def test_all_metrics_of_two_prompts_by_hand():
     assert metrics["eval/reward"] == pytest.approx(0.25)
     assert (metrics["eval/num_prompts"], metrics["eval/num_samples"]) == (2, 8)
     assert "eval/pass@16" not in metrics
+    assert set(deciding((2, 4, 16), 4)) < set(metrics)
     assert found.per_prompt["eval/pass@1"] == {"a": 0.5, "b": 0.0}
     # of two prompts a resample has the mean 0, 0.25 or 0.5, the ends each with chance 1/4
     assert (metrics["eval/pass@1_low"], metrics["eval/pass@1_high"]) == (0.0, 0.5)
@@ -101,7 +102,7 @@ def test_no_samples_no_metrics():
 
 
 def test_k_beyond_the_samples_is_left_out():
-    assert usable_ks((4, 8), [samples("a", [True] * 4), samples("b", [True] * 6)]) == [1, 4]
+    assert usable_ks((4, 8), 6) == [1, 4]
 
 
 def test_interval_agrees_with_an_independent_implementation():

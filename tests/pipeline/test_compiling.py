@@ -227,6 +227,13 @@ def test_shards_that_no_run_holds_are_refused_by_name(tmp_path):
         compile_to(settings(shards=16, iterations=1), tmp_path / "pipeline.yaml")
 
 
+def test_a_file_that_cannot_be_written_is_refused_with_the_way_out(tmp_path):
+    with pytest.raises(SettingsError, match=r"there is no folder .*nowhere; name a file in a folder that is there"):
+        compile_to(settings(), tmp_path / "nowhere" / "pipeline.yaml")
+    with pytest.raises(SettingsError, match="is a folder; name a file"):
+        compile_to(settings(), tmp_path)
+
+
 def test_a_stage_without_an_image_is_refused_with_the_way_out(tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.images.LOCK", tmp_path / "none.json")
     cluster = {"reward": {}}

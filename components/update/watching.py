@@ -26,7 +26,8 @@ class LogFollower:
 
     def __init__(self, here: Here, job: str) -> None:
         self.here, self.job, self.ended = here, job, threading.Event()
-        self.pod, self.last = "", ""
+        self.pod = ""
+        self.last: tuple[datetime, str] | None = None
         self.thread: threading.Thread | None = None
 
     def attend(self, pods: list[Any]) -> None:
@@ -62,8 +63,8 @@ class LogFollower:
         """New whole lines, until the connection ends."""
         since: dict[str, Any] = {}
         if self.last:
-            begun = datetime.fromisoformat(self.last[:19] + "+00:00")
-            since["since_seconds"] = int((datetime.now(UTC) - begun).total_seconds()) + SKEW_SECONDS
+            silent = datetime.now(UTC) - self.last[0]
+            since["since_seconds"] = max(int(silent.total_seconds()), 0) + SKEW_SECONDS
         answer = self.here.core.read_namespaced_pod_log(
             self.pod, self.here.namespace, container=CONTAINER, follow=follow, timestamps=True,
             _preload_content=False, _request_timeout=(10, READ_SECONDS), **since,
@@ -78,8 +79,13 @@ class LogFollower:
     def _new(self, lines: list[bytes]) -> Iterator[str]:
         for line in lines:
             stamp, _, text = line.decode(errors="replace").partition(" ")
-            if stamp > self.last:
-                self.last = stamp
+            try:  # in the node's own time zone; the text tells what is below a microsecond
+                moment = datetime.fromisoformat(stamp), stamp
+            except ValueError:  # what the kubelet says itself has no time stamp
+                yield f"{stamp} {text}".rstrip()
+                continue
+            if self.last is None or moment > self.last:
+                self.last = moment
                 yield text
 
 

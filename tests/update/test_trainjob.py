@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -220,6 +221,47 @@ def test_a_log_that_breaks_off_goes_on_without_a_line_twice(cluster, here, capfd
     TrainJob(here, body()).carry_out(60)
     assert capfd.readouterr().out.splitlines() == [f"[node 0] {line}" for line in lines]
     assert cluster.cuts["grpo-f-0-1-node-0-0"] == []
+
+
+class LogAnswers:
+    """Stands in for the API's log: the given answers one after another, and what was asked."""
+
+    def __init__(self, *answers):
+        self.answers, self.asked = list(answers), []
+
+    def read_namespaced_pod_log(self, pod, namespace, **options):
+        self.asked.append(options)
+        return self
+
+    def stream(self, **_):
+        yield "".join(line + "\n" for line in self.answers.pop(0)).encode()
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("hours", [0, 2, -7])
+def test_a_log_is_taken_up_again_in_any_time_zone(hours):
+    """A node's clock may be set to its own zone; the kubelet stamps lines with that and asks for nothing else."""
+    now = datetime.now(timezone(timedelta(hours=hours)))
+    first, second = (f"{(now + timedelta(seconds=n)).isoformat(timespec='microseconds')}" for n in (-30, -20))
+    core = LogAnswers([f"{first} one"], [f"{first} one", f"{second} two"])
+    follower = watching.LogFollower(Here(core, None, "kubeflow", RUN, OWNER), "grpo-f-0-1")
+    assert list(follower._lines(follow=True)) == ["one"] and "since_seconds" not in core.asked[0]
+    assert list(follower._lines(follow=True)) == ["two"]
+    assert 29 + watching.SKEW_SECONDS <= core.asked[1]["since_seconds"] < 60 + watching.SKEW_SECONDS
+
+
+def test_no_line_is_lost_when_the_clock_changes_or_the_kubelet_speaks():
+    """02:59:59+02:00 is before 02:00:00+01:00; nanoseconds count; a line without a stamp hides none after it."""
+    lines = [
+        "2026-10-25T02:59:59.000000001+02:00 one", "2026-10-25T02:59:59.000000002+02:00 two",
+        "unable to retrieve container logs", "2026-10-25T02:00:00.000000000+01:00 three",
+    ]  # fmt: skip
+    core = LogAnswers(lines, lines)
+    follower = watching.LogFollower(Here(core, None, "kubeflow", RUN, OWNER), "grpo-f-0-1")
+    assert list(follower._lines(follow=True)) == ["one", "two", "unable to retrieve container logs", "three"]
+    assert list(follower._lines(follow=True)) == ["unable to retrieve container logs"]
 
 
 @pytest.mark.parametrize(

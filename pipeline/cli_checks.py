@@ -38,6 +38,7 @@ def lines_of(made: Any, iterations: int) -> list[str]:
     found = [f"model      {made.shape.parameters / 1e9:.3f} billion parameters ({made.shape.kind})"]
     for name, memory in (("update", made.update), ("rollout", made.rollout)):
         parts = ", ".join(f"{part} {size / gib:.2f}" for part, size in memory.parts.items())
+        parts += f"; before that the reference, {memory.reference / gib:.2f}" if memory.reference else ""
         there = "unknown: set gpu_memory or gpu_type" if memory.available is None else f"{memory.available / gib:.1f}"
         verdict = {None: "?", True: "fits", False: "DOES NOT FIT"}[memory.fits]
         found.append(f"{name:<10} {memory.total / gib:.2f} GiB a process ({parts}); there: {there}; {verdict}")

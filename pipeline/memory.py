@@ -28,11 +28,13 @@ class Memory:
     """Bytes of the GPU; none when its type is unknown."""
     advice: str
     """Which setting to lower when it does not fit."""
+    reference: float = 0.0
+    """What the pass of the reference model needs, which is over before the rest begins."""
 
     @property
     def total(self) -> float:
-        """All parts together."""
-        return sum(self.parts.values())
+        """All parts together, or the reference's pass where that needs more."""
+        return max(sum(self.parts.values()), self.reference)
 
     @property
     def fits(self) -> bool | None:
@@ -42,21 +44,18 @@ class Memory:
 
 def update_parts(settings: UpdateSettings, shape: ModelShape, *, on_gpu: bool, processes: int) -> dict[str, float]:
     """Bytes of one process of the update, by part."""
-    half = settings.dtype == "bfloat16" or (settings.dtype == "auto" and on_gpu)
-    value, zero = (2 if half else 4), settings.zero_stage
-    asked = settings.max_tokens_per_microbatch
-    tokens = AUTOMATIC_TOKENS["cuda" if on_gpu else "cpu"] if asked == "auto" else asked
-    models = 2 if settings.algorithm == "ppo" else 1
+    value, zero, tokens = _value_bytes(settings, on_gpu), settings.zero_stage, _tokens(settings, on_gpu)
+    models = 2 if settings.algorithm == "ppo" else 1  # the critic is a second model, in one graph with the policy
     all_values = models * shape.parameters
     trained = shape.lora(settings.lora.rank) if settings.lora.rank else all_values
     weights = all_values + (trained if settings.lora.rank else 0)
     share = {stage: processes if zero >= stage else 1 for stage in (1, 2, 3)}
-    master = 4 * trained / share[1] if half or zero else 0
+    master = 4 * trained / share[1] if value == 2 or zero else 0
     parts = {
         "weights": value * weights / share[3],
         "gradients": 4 * trained / share[2],
         "optimizer": master + 8 * trained / share[1],
-        "activations": _activations(settings, shape, value, tokens),
+        "activations": models * _activations(settings, shape, value, tokens),
         "logits": min(tokens * shape.vocabulary * 4, HEAD_BUFFER),
     }
     if zero:
@@ -77,16 +76,50 @@ def _activations(settings: UpdateSettings, shape: ModelShape, value: int, tokens
     return tokens * value * shape.layers * shape.layer_values
 
 
+def _value_bytes(settings: UpdateSettings, on_gpu: bool) -> int:
+    return 2 if settings.dtype == "bfloat16" or (settings.dtype == "auto" and on_gpu) else 4
+
+
+def _tokens(settings: UpdateSettings, on_gpu: bool) -> int:
+    """Of a micro-batch."""
+    asked = settings.max_tokens_per_microbatch
+    return AUTOMATIC_TOKENS["cuda" if on_gpu else "cpu"] if asked == "auto" else asked
+
+
+def loads_reference(settings: UpdateSettings) -> bool:
+    """Whether a reference model is brought and loaded; under an adapter the base is it, unless the reference moves."""
+    return settings.beta > 0 and not (settings.lora.rank and not settings.reference_every)
+
+
+def reference_pass(settings: UpdateSettings, shape: ModelShape, *, on_gpu: bool) -> float:
+    """Bytes of one process while the reference scores the batch: all its weights, whatever the ZeRO stage, and one
+    layer's values of a micro-batch without gradients."""
+    if not loads_reference(settings):
+        return 0.0
+    value, tokens = _value_bytes(settings, on_gpu), _tokens(settings, on_gpu)
+    inside = tokens * value * (shape.hidden + shape.layer_values)
+    logits = min(tokens * shape.vocabulary * 4, HEAD_BUFFER)
+    return value * shape.parameters + inside + logits + (RUNTIME if on_gpu else 0.0)
+
+
+def update_processes(settings: PipelineSettings) -> int:
+    """Processes of one node of an update."""
+    asked = settings.update.num_processes
+    return max(settings.cluster.update.gpus, 1) if asked == "auto" else asked
+
+
 def update_memory(settings: PipelineSettings, shape: ModelShape, available: float | None) -> Memory:
     """Of one process of the update stage on the cluster."""
-    update, gpus = settings.update, settings.cluster.update.gpus
-    each = gpus or 1 if update.num_processes == "auto" else update.num_processes
-    parts = update_parts(update, shape, on_gpu=gpus > 0, processes=each * update.nodes)
-    return Memory(parts, available, _update_advice(update, parts))
+    update, on_gpu = settings.update, settings.cluster.update.gpus > 0
+    parts = update_parts(update, shape, on_gpu=on_gpu, processes=update_processes(settings) * update.nodes)
+    reference = reference_pass(update, shape, on_gpu=on_gpu)
+    return Memory(parts, available, _update_advice(update, parts, reference), reference)
 
 
-def _update_advice(update: UpdateSettings, parts: dict[str, float]) -> str:
+def _update_advice(update: UpdateSettings, parts: dict[str, float], reference: float) -> str:
     """What helps most, by which part is the largest."""
+    if reference > sum(parts.values()):
+        return "the reference model is loaded whole: set update.beta = 0, or update.lora.rank = 32, whose base is it"
     largest = max(parts, key=lambda name: parts[name])
     if largest in ("activations", "logits"):
         if not update.gradient_checkpointing:

@@ -12,10 +12,12 @@ from pipeline.memory import (
     GIB,
     Memory,
     concurrent_samples,
+    loads_reference,
     longest,
     rollout_memory,
     rollout_width,
     update_memory,
+    update_processes,
 )
 from pipeline.resources import StageResources, quantity
 from pipeline.settings import PipelineSettings
@@ -143,11 +145,13 @@ def traffic(settings: PipelineSettings, shape: ModelShape) -> Traffic:
     patch = policy / delta_factor(update.learning_rate, update.num_epochs * update.num_minibatches)
     trained = shape.lora(update.lora.rank) if update.lora.rank else shape.parameters
     state = trained * (8 if value == 4 else 12) if update.carry_optimizer else 0
+    if update.carry_optimizer and update.algorithm == "ppo":  # the critic's weights are stored nowhere else
+        state += 12 * shape.parameters
     optimizer = float(state) / update.optimizer_every
     completions = COMPLETION_BYTES * sum(tokens(settings))
     small = patch if update.delta.enabled and not adapter else policy
     down = (settings.shards + update.nodes) * max(whole, policy) + update.nodes * optimizer
-    down += whole * update.nodes if update.beta > 0 and not adapter else 0
+    down += whole * update.nodes if loads_reference(update) else 0
     down += (2 + update.nodes) * completions
     return Traffic(
         policy, patch, optimizer, completions, up_full=policy + optimizer + completions,
@@ -166,7 +170,8 @@ def delta_factor(learning_rate: float, steps: int) -> float:
 
 
 def _hours(settings: PipelineSettings, shape: ModelShape, update: Gpu, rollout: Gpu, concurrent: int) -> Hours:
-    """Training: 6 P a token, 2 P for each pass without gradients. Decoding: weights and cache read once a step."""
+    """Training: 6 P a token, 2 P for each pass without gradients. Decoding: weights and cache read once a step. What is
+    asked for counts, also GPUs that no process uses."""
     prompt, completion = tokens(settings)
     knobs = settings.update
     steps = knobs.num_epochs * knobs.num_minibatches
@@ -174,6 +179,7 @@ def _hours(settings: PipelineSettings, shape: ModelShape, update: Gpu, rollout: 
     passes += (2 if steps > 1 else 0) + (2 if knobs.beta > 0 else 0)
     factor = 2 if knobs.algorithm == "ppo" else 1
     training = factor * passes * shape.active * (prompt + completion) / (update.tflops * 1e12 * MFU) / 3600
+    training *= max(settings.cluster.update.gpus / update_processes(settings), 1)
     held_out = (settings.dataset.num_eval or 256) * settings.rollout.eval_group_size / settings.rollout.eval_every
     total = (samples(settings) + held_out) / samples(settings) * completion
     width = rollout_width(settings)
@@ -182,7 +188,7 @@ def _hours(settings: PipelineSettings, shape: ModelShape, update: Gpu, rollout: 
     read = (2 * shape.parameters + cache) / width
     seconds = max(read / (rollout.gb_per_second * 1e9 * BANDWIDTH_SHARE),
                   2 * shape.active * batch / width / (rollout.tflops * 1e12 * MFU))  # fmt: skip
-    sampling = total / batch * seconds * width / 3600
+    sampling = total / batch * seconds * max(settings.cluster.rollout.gpus, width) / 3600
     prices = settings.cluster.prices
     each = [prices.get(pod.gpu_type or "") for pod in (settings.cluster.rollout, settings.cluster.update)]
     cost = None if None in each else sampling * (each[0] or 0) + training * (each[1] or 0)

@@ -133,6 +133,57 @@ def test_a_half_billion_model_fits_and_eight_billion_do_not():
     assert "gradient_checkpointing = true" in problem
 
 
+LLAMA_70B = LLAMA_8B | {
+    "hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80, "num_attention_heads": 64,
+}  # fmt: skip
+
+
+def test_the_reference_is_whole_on_every_gpu_whatever_zero_divides():
+    """70.55 billion parameters in 2 bytes, 131.4 GiB, beside 79; under an adapter the base is the reference."""
+    shape = ModelShape.of(LLAMA_70B, where="l")
+    assert shape.parameters == 70_553_706_496
+    pod = {"gpus": 8, "gpu_type": "nvidia-h100-80gb"}
+
+    def planned(**update):
+        common = {"zero_stage": 3, "nodes": 8, "gradient_checkpointing": True}
+        return make_plan(settings(cluster={"rollout": pod, "update": pod}, update=common | update), shape)
+
+    assert planned(beta=0).update.fits and planned(beta=0).update.reference == 0
+    made = planned(beta=0.04)
+    assert made.update.reference > 2 * shape.parameters and not made.update.fits
+    (problem,) = [problem for problem in made.problems if problem.startswith("update")]
+    assert "update.beta = 0" in problem and f"needs {made.update.reference / GIB:.1f} GiB" in problem
+    assert "before that the reference, 1" in "\n".join(lines_of(made, 1))
+    lora = {"lora": {"rank": 16}, "zero_stage": 2}
+    assert planned(beta=0.04, **lora).update.reference == 0
+    assert planned(beta=0.04, **lora, reference_every=2).update.reference > 2 * shape.parameters
+    whole = 2 * shape.parameters
+    assert planned(beta=0.04).traffic.down - planned(beta=0).traffic.down == pytest.approx(8 * whole)
+
+
+def test_the_critic_is_in_memory_storage_and_hours():
+    """A second graph in memory; 12 bytes a parameter in the store: float32 weights and two moments."""
+    shape = ModelShape.of(QWEN_HALF_BILLION, where="q")
+    grpo, ppo = (make_plan(h100(algorithm=name), shape) for name in ("grpo", "ppo"))
+    assert ppo.update.parts["activations"] == 2 * grpo.update.parts["activations"]
+    assert ppo.traffic.optimizer - grpo.traffic.optimizer == 12 * shape.parameters
+    assert ppo.hours.update > 1.9 * grpo.hours.update
+
+
+def test_gpus_that_nothing_uses_are_paid_for():
+    """Eight GPUs, one of which samples: eight times the GPU-hours of one; the same with one process that trains."""
+    shape, pod = ModelShape.of(QWEN_HALF_BILLION, where="q"), {"gpu_type": "nvidia-h100-80gb"}
+
+    def hours(gpus, **sections):
+        both = dict.fromkeys(("rollout", "update"), pod | {"gpus": gpus})
+        return make_plan(settings(cluster=both, **sections), shape).hours
+
+    one = {"rollout": {"vllm": {"tensor_parallel_size": 1}}, "update": {"num_processes": 1}}
+    assert hours(8, **one).rollout == pytest.approx(8 * hours(1, **one).rollout)
+    assert hours(8, **one).update == pytest.approx(8 * hours(1, **one).update)
+    assert hours(8).update == pytest.approx(hours(1).update), "all of them work, for an eighth of the time"
+
+
 def test_storage_is_counted_by_hand():
     """Qwen2.5-0.5B in bfloat16: 2 and 12 bytes a parameter; 512 samples of 256 + 0.7 x 512 tokens at 5.6 bytes."""
     made = make_plan(settings(), ModelShape.of(QWEN_HALF_BILLION, where="q")).traffic

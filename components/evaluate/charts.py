@@ -92,15 +92,10 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def draw(chart: Chart, iterations: Sequence[int]) -> str:
-    """One panel as HTML: title, latest value, plot. Without any value it says so instead of drawing."""
+    """One panel, which has values, as HTML: title, latest values, plot."""
     title = f'<span class="chart-title">{escape(chart.title)}</span>'
-    if not chart.drawn:
-        return (
-            f'<figure class="chart chart-empty"><figcaption>{title}</figcaption>'
-            f'<p class="chart-none">No values in this run.</p><p class="chart-note">{escape(chart.note)}</p></figure>'
-        )
-    readouts = "".join(_readout(chart, position, line) for position, line in enumerate(chart.drawn))
     last = max(iteration for line in chart.drawn for iteration in line.points)
+    readouts = "".join(_readout(chart, position, line, last) for position, line in enumerate(chart.drawn))
     return (
         f'<figure class="chart" data-chart="{escape(chart.key)}" tabindex="0" role="group" '
         f'aria-label="{escape(_spoken(chart))}">'
@@ -116,7 +111,8 @@ def payload(chart: Chart) -> dict[str, object]:
     return {"key": chart.key, "form": chart.form, "lines": lines}
 
 
-def _readout(chart: Chart, position: int, line: Line) -> str:
+def _readout(chart: Chart, position: int, line: Line, newest: int) -> str:
+    """The latest value of a line, and which update it is of when other lines of the panel have a later one."""
     last = max(line.points)
     band = ""
     if last in line.low and last in line.high:
@@ -125,7 +121,8 @@ def _readout(chart: Chart, position: int, line: Line) -> str:
     name = f'<span class="key key-{position}" aria-hidden="true"></span>{escape(line.name)} ' if many else ""
     return (
         f'<span class="readout">{name}<b data-value>{number(line.points[last], chart.form)}</b>'
-        f'<span class="band-text" data-band>{band}</span></span>'
+        f'<span class="band-text" data-band>{band}</span>'
+        f'<span class="soft" data-of>{"" if last == newest else f" after update {last}"}</span></span>'
     )
 
 

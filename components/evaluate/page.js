@@ -42,6 +42,7 @@
       chart, figure, canvas: figure.querySelector(".canvas"), cursor: figure.querySelector(".cursor"),
       at: figure.querySelector("[data-at]"), rest: figure.querySelector("[data-at]").textContent,
       values: [...figure.querySelectorAll("[data-value]")], bands: [...figure.querySelectorAll("[data-band]")],
+      of: [...figure.querySelectorAll("[data-of]")].map((part) => ({ part, rest: part.textContent })),
       first: +first, last: +last, half: +half,
     });
   }
@@ -54,6 +55,7 @@
       panel.cursor.hidden = x === null;
       if (x !== null) panel.cursor.style.left = `${position(panel, x) * 100}%`;
       panel.at.textContent = x === null ? panel.rest : `after update ${x}`;
+      for (const { part, rest } of panel.of) part.textContent = x === null ? rest : "";
       panel.chart.lines.forEach((line, i) => {
         const at = x === null ? line.points.at(-1)[0] : x;
         const point = line.points.find((candidate) => candidate[0] === at);

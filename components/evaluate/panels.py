@@ -23,7 +23,7 @@ def largest_k(records: Sequence[Record], kind: str) -> int | None:
 
 
 def curve_panels(records: Sequence[Record]) -> list[Chart]:
-    """The six panels of every report, then those that have values."""
+    """The six panels every report speaks of, drawn when they have values, then further ones that have."""
     required = [
         _solved(records),
         Chart(
@@ -102,7 +102,20 @@ def _further(records: Sequence[Record]) -> list[Chart]:
             "Mean difference of log-probabilities for the same tokens, in nats.",
             _lines(records, difference="sampling/sampling_logp_difference/mean"),
         ),
+        Chart(
+            "errors",
+            "Reward errors",
+            "Completions that a reward function failed on, or that were not generated.",
+            _errors(records),
+            "count",
+        ),
     ]
+
+
+def _errors(records: Sequence[Record]) -> list[Line]:
+    """A panel only of what went wrong: no line where nothing did."""
+    lines = _lines(records, training="reward/errors", held_out="eval/reward/errors")
+    return [line for line in lines if any(line.points.values())]
 
 
 def _lines(records: Sequence[Record], **metrics: str) -> list[Line]:

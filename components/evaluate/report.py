@@ -48,7 +48,8 @@ def render(report: Report) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     panels, times = curve_panels(report.records), times_panel(report.records)
     iterations = _iterations(report.records)
-    drawn = [charts.payload(panel) for panel in [*panels, times] if panel.drawn]
+    shown = [panel for panel in panels if panel.drawn]
+    drawn = [charts.payload(panel) for panel in [*shown, times] if panel.drawn]
     data = {"charts": drawn, "samples": list(report.samples)}
     slots = {
         "title": escape(f"{report.fine_tune} after update {report.iteration}"),
@@ -59,7 +60,8 @@ def render(report: Report) -> str:
         "script": script,
         "hero": _hero(headline(report.records)),
         "tiles": _tiles(report.records),
-        "charts": "".join(charts.draw(panel, iterations) for panel in panels),
+        "charts": "".join(charts.draw(panel, iterations) for panel in shown),
+        "charts_without": _without_values([panel for panel in panels if not panel.drawn]),
         "samples_note": "The best, the worst and some between, of training and held-out prompts.",
         "times": _times(times, iterations),
         "times_note": "Seconds a stage worked; stages may overlap.",
@@ -91,6 +93,12 @@ def _facts(report: Report) -> str:
         pairs["Held-out prompts"] = f"{last.num_prompts:,} × {last.samples_a_prompt} samples"
     pairs["Made"] = report.created.replace("T", " ").removesuffix("+00:00") + " UTC"
     return "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in pairs.items())
+
+
+def _without_values(panels: Sequence[Chart]) -> str:
+    if not panels:
+        return ""
+    return f'<p class="charts-without">Without values so far: {escape(", ".join(one.title for one in panels))}.</p>'
 
 
 def _hero(result: Headline | None) -> str:

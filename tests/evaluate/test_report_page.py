@@ -114,7 +114,10 @@ def test_the_figures_are_in_the_page(show):
     assert text(page, "#verdict") == "2 updates raised pass@1 by 62.5 points (95 % interval +58.0 to +67.0)."
     assert text(page, '[data-chart="reward"] [data-value]') == "0.700"
     assert text(page, '[data-chart="pass"] [data-band]') == "84.0–91.0 %"
-    assert page.run("document.querySelectorAll('.chart-empty').length") == 2  # no KL, no lengths
+    assert text(page, ".charts-without") == "Without values so far: Completion length, KL to the start policy."
+    assert page.run("[...document.querySelectorAll('.charts .chart-title')].map((title) => title.textContent)") == [
+        "Solved, held-out", "Reward", "Entropy", "Clipped tokens",
+    ]  # fmt: skip
     assert text(page, "tfoot td") == "30.0 s"
 
 
@@ -129,6 +132,28 @@ def test_arrow_keys_read_all_curves_at_one_update(show):
     assert text(page, '[data-chart="pass"] [data-value]') == "–"
     page.call("Input.dispatchKeyEvent", type="keyDown", key="Escape")
     assert text(page, '[data-chart="reward"] [data-value]') == "0.700"
+
+
+def test_each_curve_says_which_update_its_latest_value_is_of(show):
+    """The last policy of a run has held-out samples and no training samples."""
+    metrics = [{"reward": 0.2, "eval__reward": 0.1}, {"reward": 0.4, "eval__reward": 0.3}, {"eval__reward": 0.7}]
+    page = show(report(records=[record(i, **values) for i, values in enumerate(metrics)]))
+    assert text(page, '[data-chart="reward"] [data-at]') == "after update 2"
+    shown = "[...document.querySelectorAll('[data-chart=reward] .readout')].map((line) => line.textContent)"
+    assert page.run(shown) == ["training 0.400 after update 1", "held-out 0.700"]
+    page.run("document.querySelector('[data-chart=reward]').focus()")
+    for _ in range(3):
+        page.call("Input.dispatchKeyEvent", type="keyDown", key="ArrowLeft")
+    assert page.run(shown) == ["training 0.200", "held-out 0.100"]
+    page.call("Input.dispatchKeyEvent", type="keyDown", key="Escape")
+    assert page.run(shown) == ["training 0.400 after update 1", "held-out 0.700"]
+
+
+def test_errors_of_reward_functions_have_a_panel_when_there_are_any(show):
+    none, some = record(0, reward__errors=0.0), record(1, reward__errors=36.0, eval__reward__errors=0.0)
+    assert 'data-chart="errors"' not in render(report(records=[none]))
+    page = show(report(records=[none, some]))
+    assert text(page, '[data-chart="errors"] .readouts') == "36"
 
 
 def test_completions_are_filtered_and_ordered(show):

@@ -1,5 +1,6 @@
 """The `grpo` commands that speak to a cluster: submit, status, logs, cancel, schedule."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,36 +36,28 @@ def submit(
     if (file is None) == (resume is None):
         raise SettingsError("give a settings file, or --resume with the name of a fine-tune")
     client = connection.open()
-    settings = resumed(client, resume) if file is None else load(file, overrides or [])
+    settings = resumed(client, resume, connection.store_endpoint) if file is None else load(file, overrides or [])
     first, remaining = split(settings)
     sent = send(client, settings)
     print(f"{sent.name}: {first.iterations} iterations" + (f", {remaining} in runs after it" if remaining else ""))
     print(sent.url)
     if wait:
-        _follow(client, sent.run_id, connection.namespace)
+        _wait(client, first, sent.run_id, connection)
 
 
-def _follow(client: Any, run_id: str, namespace: str | None) -> None:
+def _wait(client: Any, settings: Any, run_id: str, connection: Connection) -> None:
     from rich.console import Console
 
-    from components.common.errors import StageError
-    from pipeline.following import Pods, follow
+    from pipeline.reaching import OutOfReach, open_from_here
+    from pipeline.waiting import watch
 
-    console = Console(highlight=False)
-    shown: dict[str, str] = {}
-    state = ""
-    for run, tasks in follow(client, run_id):
-        state = run.state
-        for task in tasks:
-            if shown.get(task.name) != task.state:
-                shown[task.name] = task.state
-                console.print(f"{task.name:<16} {task.state.lower()}")
-    failed = [name for name, state in shown.items() if state == "FAILED"]
-    if failed:
-        for line in Pods.connect(namespace).log(run_id, failed[-1].split()[0], tail=40):
-            console.print(line, markup=False)
-    if state != "SUCCEEDED":
-        raise StageError(f"run {run_id} ended as {state.lower()}" + (f" in {failed[-1]}" if failed else ""))
+    console, store = Console(highlight=False), None
+    try:
+        store = open_from_here(settings.store, connection.store_endpoint)
+    except OutOfReach as error:
+        console.print(f"(iterations are shown without their metrics: {error})", markup=False, soft_wrap=True)
+    context = settings.context(run=run_id, first_iteration=0)  # tasks are numbered as in Kubeflow's graph
+    watch(client, run_id, context, console, namespace=connection.namespace, store=store)
 
 
 @app.command()
@@ -80,7 +73,8 @@ def status(
 
     from pipeline.connection import call
     from pipeline.following import tasks_of
-    from pipeline.submitting import runs
+    from pipeline.submitting import TERMINAL, runs
+    from pipeline.waiting import PodNews
 
     client = connection.open()
     found = runs(client, fine_tune)
@@ -97,6 +91,9 @@ def status(
     console.print(table)
     for task in tasks_of(call("read the run", client.get_run, found[0].run_id)):
         console.print(f"  {task.name:<16} {task.state.lower()} {task.error}")
+    if found[0].state not in TERMINAL:
+        for line in PodNews(connection.namespace).lines(found[0].run_id):
+            console.print(f"  {line}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -123,11 +120,21 @@ def cancel(
     connection: Connection,
 ) -> None:
     """End a run and everything it started."""
+    from pipeline.connection import ClusterError
     from pipeline.following import Pods
     from pipeline.following import cancel as end
 
-    jobs = end(connection.open(), Pods.connect(connection.namespace), run)
-    print(f"run {run} is ended" + (f", and TrainJobs {', '.join(jobs)}" if jobs else ""))
+    end(connection.open(), run)
+    print(f"run {run} is ended")
+    try:
+        jobs = Pods.connect(connection.namespace).delete_train_jobs(run)
+    except ClusterError as error:
+        print(
+            f"warning: a TrainJob of it may go on until the janitor comes, every 15 minutes: {error}", file=sys.stderr
+        )
+        return
+    if jobs:
+        print(f"deleted: TrainJobs {', '.join(jobs)}")
 
 
 @app.command()

@@ -26,6 +26,8 @@ class Connection:
     token: str | None = None
     cookie: str | None = None
     ca_cert: str | None = None
+    store_endpoint: str | None = None
+    """Where the object store is reached from here, when its own endpoint is an address inside the cluster."""
 
     def open(self) -> Any:
         """A `kfp.Client`.

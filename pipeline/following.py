@@ -1,18 +1,26 @@
 """A run on the cluster as it goes on: its tasks, the log of a stage, and ending it."""
 
-import time
+import difflib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
+from time import sleep
 from typing import Any
 
+from components.common.errors import SettingsError
 from components.common.kube import STAGE_LABEL, TRAIN_JOB_RUN_LABEL, TRAIN_JOBS, troubles
 from pipeline.connection import ClusterError, call, status_of
+from pipeline.resources import STAGES
 from pipeline.submitting import TERMINAL
 
 POLL_SECONDS = 5.0
 RUN_LABEL = "pipeline/runid"
-DRIVER_NAMES = ("-dag-driver", "-container-driver", "root-driver", "root", "-driver")
-"""Endings of task names that are Kubeflow's own, not ours."""
+TASK = re.compile(rf"({'|'.join(STAGES)}|submit)(?:-shards|[- ]next)?(?: (\d+)|-(\d+))?")
+"""A task of ours by its key in the IR (`update-2`), which is what Kubeflow 2.17 reports, or by its name in the graph
+(`update 1`). All else is Kubeflow's own: `root`, `executor`, `update-2-driver`, `for-loop-2`."""
+ORDER = ("FAILED", "CANCELED", "RUNNING", "CANCELING", "PAUSED", "PENDING", "SUCCEEDED", "SKIPPED")
+"""Which state speaks for the members of a loop, which have one name."""
 
 
 @dataclass(frozen=True)
@@ -20,21 +28,40 @@ class Task:
     """A task of a run: its name in the graph, and how it is."""
 
     name: str
+    stage: str
+    iteration: int | None
+    """As the run counts, from 0; None for what is done once."""
     state: str
-    error: str
+    error: str = ""
+    began: datetime | None = None
+    ended: datetime | None = None
 
 
 def tasks_of(run: Any) -> list[Task]:
     """Our tasks of a run, in the order they began."""
     details = (run.run_details.task_details if run.run_details else None) or []
-    found = []
+    found: dict[str, Task] = {}
     for detail in sorted(details, key=lambda detail: str(detail.start_time or detail.create_time or "")):
-        name = detail.display_name or ""
-        if name.endswith(DRIVER_NAMES):
+        task = _task(detail)
+        if task is None:
             continue
-        message = detail.error.message if detail.error else ""
-        found.append(Task(name, detail.state or "PENDING", message or ""))
-    return found
+        other = found.get(task.name, task)
+        found[task.name] = min(task, other, key=lambda task: ORDER.index(task.state))
+    return list(found.values())
+
+
+def _task(detail: Any) -> Task | None:
+    match = TASK.fullmatch(detail.display_name or "")
+    if match is None:
+        return None
+    stage, shown, key = match.groups()
+    iteration = None
+    if stage in ("rollout", "reward", "update", "evaluate"):
+        iteration = int(shown) if shown else int(key or 1) - 1
+    name = "submit next" if stage == "submit" else stage if iteration is None else f"{stage} {iteration}"
+    error = (detail.error.message if detail.error else "") or ""
+    state = detail.state if detail.state in ORDER else "PENDING"
+    return Task(name, stage, iteration, state, error, detail.start_time, detail.end_time)
 
 
 def follow(client: Any, run_id: str, *, poll_seconds: float = POLL_SECONDS) -> Iterator[tuple[Any, list[Task]]]:
@@ -44,7 +71,7 @@ def follow(client: Any, run_id: str, *, poll_seconds: float = POLL_SECONDS) -> I
         yield run, tasks_of(run)
         if run.state in TERMINAL:
             return
-        time.sleep(poll_seconds)
+        sleep(poll_seconds)
 
 
 @dataclass(frozen=True)
@@ -68,11 +95,11 @@ class Pods:
             raise ClusterError("no cluster: there is neither a kubeconfig nor a pod's identity") from None
         return Pods(namespace or "kubeflow")
 
-    def of_stage(self, run_id: str, stage: str) -> list[Any]:
-        """Pods of a stage, oldest first."""
+    def of_run(self, run_id: str, stage: str | None = None) -> list[Any]:
+        """Pods of a run, or of one of its stages, oldest first."""
         from kubernetes import client
 
-        selector = f"{RUN_LABEL}={run_id},{STAGE_LABEL}={stage}"
+        selector = f"{RUN_LABEL}={run_id}" + (f",{STAGE_LABEL}={stage}" if stage else "")
         found = call("list the pods", client.CoreV1Api().list_namespaced_pod, self.namespace, label_selector=selector)
         return sorted(found.items, key=lambda pod: str(pod.metadata.creation_timestamp))
 
@@ -81,17 +108,25 @@ class Pods:
 
         Raises:
             ClusterError: no pod of that stage is left.
+            SettingsError: there is no such stage.
         """
-        from kubernetes import client
-
-        pods = self.of_stage(run_id, stage)
+        if stage not in STAGES:
+            near = difflib.get_close_matches(stage, STAGES, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(STAGES)}"
+            raise SettingsError(f"no stage {stage}; {hint}")
+        pods = self.of_run(run_id, stage)
         if not pods:
             raise ClusterError(
                 f"run {run_id} has no pod of {stage} left: it has not started, or Kubernetes has cleaned it up; "
                 "its log is in the Kubeflow UI when the installation archives logs"
             )
-        pod = pods[-1]
-        yield from (f"({trouble})" for trouble in troubles(pod))
+        yield from (f"({trouble})" for trouble in troubles(pods[-1]))
+        yield from self.log_of(pods[-1], tail=tail)
+
+    def log_of(self, pod: Any, *, tail: int | None = None) -> Iterator[str]:
+        """Log of a pod, line by line."""
+        from kubernetes import client
+
         options = {"container": "main"} | ({"tail_lines": tail} if tail else {})
         try:
             text = call(
@@ -141,9 +176,8 @@ def _delete(api: Any, namespace: str, name: str) -> None:
             raise
 
 
-def cancel(client: Any, pods: Pods, run_id: str) -> list[str]:
-    """Ends a run and everything it started; gives the names of the TrainJobs that were deleted."""
+def cancel(client: Any, run_id: str) -> None:
+    """Ends a run; what its pods have started outlives it until `Pods.delete_train_jobs` or the janitor."""
     run = call("read the run", client.get_run, run_id)
     if run.state not in TERMINAL:
         call("end the run", client.terminate_run, run_id)
-    return pods.delete_train_jobs(run_id)

@@ -27,6 +27,13 @@ CONNECTION = {
     "token": Annotated[str | None, typer.Option(envvar="GRPO_TOKEN", help="Bearer token.")],
     "cookie": Annotated[str | None, typer.Option(envvar="GRPO_COOKIE", help="Dex session: authservice_session=…")],
     "ca_cert": Annotated[str | None, typer.Option(envvar="GRPO_CA_CERT", help="File of the certificate authority.")],
+    "store_endpoint": Annotated[
+        str | None,
+        typer.Option(
+            envvar="GRPO_STORE_ENDPOINT",
+            help="Where the object store is reached from here, e.g. http://localhost:9000; unset: as the settings say.",
+        ),
+    ],
 }
 
 

@@ -233,25 +233,38 @@ def _constant(tasks: dict[str, Any], task: str, name: str, run_id: str) -> Any:
         raise ClusterError(f"run {run_id} was not submitted by grpo: its pipeline has no settings") from None
 
 
-def resumed(client: Any, fine_tune: str) -> PipelineSettings:
+def resumed(client: Any, fine_tune: str, store_endpoint: str | None = None) -> PipelineSettings:
     """Settings that go on with a fine-tune from its last checkpoint, for the iterations that remain.
 
     Raises:
         ClusterError: it was never submitted.
-        ArtifactNotFound, StoreError: it has no checkpoint, or its store cannot be reached from here.
         SettingsError: nothing remains.
     """
-    from components.common.store import open_store
-    from components.configure.start import policy_iterations
-
     found = runs(client, fine_tune)
     if not found:
         raise ClusterError(f"fine-tune {fine_tune} has no run to go on with; `grpo submit FILE` starts one")
     settings = settings_of(client, found[0])
     run = name_in_store(found[0])
-    policies = policy_iterations(open_store(settings.store), fine_tune, run)
-    remaining = settings.iterations - (max(policies) - min(policies) if policies else 0)
+    done = _updates(client, found[0], settings, store_endpoint)
+    remaining = settings.iterations - (done or 0)
     if remaining < 1:
         raise SettingsError(f"fine-tune {fine_tune} has had its {settings.iterations} iterations: submit the file anew")
-    start = {"start_from": "latest", "start_run": run} if policies else {}
+    start = {} if done is None else {"start_from": "latest", "start_run": run}
     return settings.model_copy(update={**start, "iterations": remaining})
+
+
+def _updates(client: Any, run: Any, settings: PipelineSettings, store_endpoint: str | None) -> int | None:
+    """Updates that a run has done, by its policies, or by its tasks where the store is out of reach; None: it never
+    began."""
+    from components.configure.start import policy_iterations
+    from pipeline.following import tasks_of
+    from pipeline.reaching import OutOfReach, open_from_here
+
+    try:
+        store = open_from_here(settings.store, store_endpoint)
+    except OutOfReach:
+        tasks = tasks_of(call("read the run", client.get_run, run.run_id))
+        ended = [task.stage for task in tasks if task.state == "SUCCEEDED"]
+        return ended.count("update") if "configure" in ended else None
+    policies = policy_iterations(store, settings.fine_tune, name_in_store(run))
+    return max(policies) - min(policies) if policies else None

@@ -86,7 +86,7 @@ def explain(error: BaseException, what: str) -> GrpoError:
     status, told = status_of(error), _told(error)
     mends = {
         401: "the token or cookie is missing or expired: log in again and pass --token or --cookie",
-        403: "forbidden: the account lacks a right; `grpo doctor` names it, `kubectl apply -k k8s/base` grants it",
+        403: "forbidden: the account lacks a right; `grpo doctor` names it, and the command that grants it",
         404: "not found: check the name and --namespace",
         409: "it is there already: choose another name, or wait until the other is gone",
         429: "the server is busy: try again in a minute",
@@ -119,13 +119,19 @@ def troubles(pod: Any) -> Iterator[str]:
         if condition.type == "PodScheduled" and condition.status == "False":
             told = condition.message or condition.reason or ""
             yield f"{pod.metadata.name} is not scheduled: {told}{_placement_mend(told, stage)}"
-    for container in pod.status.container_statuses or []:
+    for container in [*(pod.status.init_container_statuses or []), *(pod.status.container_statuses or [])]:
         waiting = container.state.waiting if container.state else None
         ended = container.state.terminated if container.state else None
         if waiting and waiting.reason not in ("PodInitializing", "ContainerCreating"):
-            yield f"{container.name}: {waiting.reason}: {waiting.message or ''}"
+            yield f"{container.name}: {waiting.reason}: {waiting.message or ''}{_image_mend(waiting.reason, container)}"
         if ended and ended.reason == "OOMKilled":
             yield f"{container.name} was killed for memory: raise cluster.{stage}.memory"
+
+
+def _image_mend(reason: str, container: Any) -> str:
+    if "Image" not in (reason or ""):
+        return ""
+    return f" (image {container.image}: is it in the registry, and are cluster.image_pull_secrets right?)"
 
 
 def _placement_mend(told: str, stage: str) -> str:

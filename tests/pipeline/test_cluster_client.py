@@ -6,13 +6,14 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from kubernetes import client as kubernetes_client
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cluster_server import Cluster, write_kubeconfig
+from cluster_server import Cluster, task_details, write_kubeconfig
 
 from components.common import kube
 from components.common.errors import SettingsError
@@ -256,26 +257,57 @@ def test_resuming_does_what_remains(cluster, client, tmp_path):
         resumed(client, "other")
 
 
+def test_resuming_counts_the_updates_where_the_store_is_out_of_reach(cluster, client):
+    sent = submit(client, settings(iterations=5, store="s3://bucket?endpoint=http://127.0.0.1:9"))
+    run = cluster.runs[sent.run_id]
+    run["state"] = "FAILED"
+    assert (resumed(client, "f").iterations, resumed(client, "f").start_from) == (5, "base")
+    run["run_details"] = task_details(
+        configure="SUCCEEDED", update="SUCCEEDED", update_2="SUCCEEDED", update_3="FAILED"
+    )
+    again = resumed(client, "f")
+    assert (again.iterations, again.start_from, again.start_run) == (3, "latest", sent.run_id)
+
+
 def test_following_shows_our_tasks_until_the_end(cluster, client):
     sent = submit(client, settings())
-    details = [
-        {"display_name": "root", "state": "RUNNING"},
-        {"display_name": "configure", "state": "SUCCEEDED", "start_time": "2026-01-01T00:00:01Z"},
-        {"display_name": "update 0-driver", "state": "SUCCEEDED", "start_time": "2026-01-01T00:00:02Z"},
-        {
-            "display_name": "update 0",
-            "state": "FAILED",
-            "start_time": "2026-01-01T00:00:03Z",
-            "error": {"message": "x"},
-        },
-    ]
-    cluster.runs[sent.run_id]["run_details"] = {"task_details": details}
+    run = cluster.runs[sent.run_id]
+    run["run_details"] = task_details(configure="SUCCEEDED", rollout="SUCCEEDED", update="SUCCEEDED", update_2="FAILED")
     states = []
-    for run, tasks in follow(client, sent.run_id, poll_seconds=0):
-        states.append([(task.name, task.state) for task in tasks])
-        cluster.runs[sent.run_id]["state"] = "FAILED"
-        assert tasks == tasks_of(run)
-    assert states == [[("configure", "SUCCEEDED"), ("update 0", "FAILED")]] * 2
+    for found, tasks in follow(client, sent.run_id, poll_seconds=0):
+        states.append([(task.name, task.stage, task.iteration, task.state) for task in tasks])
+        run["state"] = "FAILED"
+        assert tasks == tasks_of(found)
+    assert states == [[
+        ("configure", "configure", None, "SUCCEEDED"), ("rollout 0", "rollout", 0, "SUCCEEDED"),
+        ("update 0", "update", 0, "SUCCEEDED"), ("update 1", "update", 1, "FAILED"),
+    ]] * 2  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("reported", "name"),
+    [
+        ("update-2", "update 1"), ("update 1", "update 1"), ("reward-shards", "reward 0"), ("rollout-11", "rollout 10"),
+        ("reward-shards-3", "reward 2"), ("submit-next", "submit next"), ("publish", "publish"), ("executor", None),
+        ("executor(0)", None), ("update-2-driver", None), ("update-2-driver(0)", None), ("for-loop-2", None),
+        ("condition-1", None), ("data has changed", None),
+    ],
+)  # fmt: skip
+def test_a_task_by_its_key_or_by_its_name(reported, name):
+    detail = SimpleNamespace(display_name=reported, state="RUNNING", error=None, start_time=None, create_time=None,
+                             end_time=None)  # fmt: skip
+    run = SimpleNamespace(run_details=SimpleNamespace(task_details=[detail]))
+    assert [task.name for task in tasks_of(run)] == ([name] if name else [])
+
+
+def test_the_members_of_a_loop_are_one_task_as_bad_as_its_worst(cluster, client):
+    sent = submit(client, settings())
+    states = ("SUCCEEDED", "FAILED", "RUNNING")
+    cluster.runs[sent.run_id]["run_details"] = {"task_details": [
+        {"display_name": "rollout-2", "state": state} for state in states
+    ]}  # fmt: skip
+    (task,) = tasks_of(client.get_run(sent.run_id))
+    assert (task.name, task.state) == ("rollout 1", "FAILED")
 
 
 def pod(name, stage="update", run="r", **status):
@@ -298,26 +330,50 @@ def test_a_pod_that_does_not_run_says_why(cluster, pods):
     cluster.pods = [pod("one", conditions=[{"type": "PodScheduled", "status": "False", "message": taint}])]
     text = "\n".join(pods.log("r", "update"))
     assert taint in text and "has no log" in text
-    waiting = {"name": "main", "image": "x", "imageID": "", "ready": False, "restartCount": 0}
+    waiting = {"name": "main", "image": "registry/it:1", "imageID": "", "ready": False, "restartCount": 0}
     cluster.pods = [
         pod("two", containerStatuses=[waiting | {"state": {"waiting": {"reason": "ImagePullBackOff", "message": "x"}}}])
     ]
-    assert "ImagePullBackOff" in "\n".join(pods.log("r", "update"))
+    assert "ImagePullBackOff: x (image registry/it:1:" in "\n".join(pods.log("r", "update"))
     killed = {"terminated": {"reason": "OOMKilled", "exitCode": 137}}
     cluster.pods = [pod("three", containerStatuses=[waiting | {"state": killed}])]
     assert "raise cluster.update.memory" in "\n".join(pods.log("r", "update"))
+
+
+def test_a_stage_that_is_none_is_named(pods):
+    with pytest.raises(SettingsError, match="no stage updat; did you mean update"):
+        list(pods.log("r", "updat"))
 
 
 def test_cancelling_ends_the_run_and_its_train_jobs(cluster, client, pods):
     sent = submit(client, settings())
     for name, run in (("mine", sent.run_id), ("other", "x")):
         cluster.train_jobs[name] = {"metadata": {"name": name, "labels": {"grpo-pipeline/run": run}}}
-    assert cancel(client, pods, sent.run_id) == ["mine"]
+    cancel(client, sent.run_id)
+    assert pods.delete_train_jobs(sent.run_id) == ["mine"]
     assert cluster.runs[sent.run_id]["state"] == "CANCELED" and set(cluster.train_jobs) == {"other"}
-    assert cancel(client, pods, sent.run_id) == []
-    assert cluster.counted("POST", ":terminate") == 1
+    cancel(client, sent.run_id)
+    assert pods.delete_train_jobs(sent.run_id) == [] and cluster.counted("POST", ":terminate") == 1
     with pytest.raises(ClusterError, match="not found"):
-        cancel(client, pods, "nothing")
+        cancel(client, "nothing")
+
+
+@pytest.mark.parametrize("way", ["no kubeconfig", "forbidden"])
+def test_the_run_is_cancelled_where_train_jobs_may_not_be_looked_at(cluster, monkeypatch, tmp_path, way):
+    from typer.testing import CliRunner
+
+    from pipeline.cli import app
+
+    write_kubeconfig(cluster, tmp_path, monkeypatch)
+    if way == "forbidden":
+        cluster.faults["/trainjobs"] = [403]
+    else:
+        (tmp_path / "kubeconfig").unlink()
+        monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    cluster.runs["r"] = {"run_id": "r", "state": "RUNNING"}
+    result = CliRunner().invoke(app, ["cancel", "r", "--host", cluster.url])
+    assert result.exit_code == 0 and cluster.runs["r"]["state"] == "CANCELED", result.output
+    assert "run r is ended" in result.output and "janitor" in result.output
 
 
 def test_a_schedule_never_catches_up_and_runs_one_at_a_time(cluster, client):

@@ -75,7 +75,7 @@ def settings(nodes=1, **cluster):
 @pytest.fixture
 def no_bucket(monkeypatch):
     """The bucket has its own tests below."""
-    monkeypatch.setattr(doctor, "storage", lambda url: iter(()))
+    monkeypatch.setattr(doctor, "storage", lambda *_: iter(()))
 
 
 def findings(cluster, found):
@@ -192,12 +192,21 @@ def test_a_bucket_is_tried_out(monkeypatch):
         boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="bucket")
         found = {item.what: item for item in doctor.storage(f"s3://bucket/p?endpoint={endpoint}&region=us-east-1")}
         assert found["storage, write, read, delete"].state == "ok"
+        inside = "s3://bucket/p?endpoint=http://nowhere.kubeflow:9000&region=us-east-1"
+        assert next(iter(doctor.storage(inside, endpoint))).state == "ok"
         (missing,) = doctor.storage(f"s3://none/p?endpoint={endpoint}&region=us-east-1")
         assert missing.state == "failure" and missing.mend
     finally:
         server.stop()
     (local,) = doctor.storage("file:///tmp/x")
     assert local.state == "failure" and "s3://" in local.mend
+
+
+def test_a_bucket_inside_the_cluster_is_a_warning_with_the_way_to_it(monkeypatch):
+    (found,) = doctor.storage("s3://mlpipeline/grpo?endpoint=http://nowhere.kubeflow.svc.cluster.local:8333")
+    assert found.state == "warning" and "svc/nowhere 9000:8333" in found.detail
+    (found,) = doctor.storage("s3://bucket/p?endpoint=http://store.example", "http://127.0.0.1:9")
+    assert found.state == "warning" and "http://127.0.0.1:9 is not to be reached" in found.detail
 
 
 def test_mlflow_is_asked(cluster):

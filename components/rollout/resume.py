@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from components.common.errors import ArtifactNotFound, DataError
+from components.common.errors import ArtifactNotFound, DataError, DigestMismatch
 from components.common.manifest import file_digest
 from components.common.records import read_table, write_table
 from components.common.store import Store
@@ -83,7 +83,11 @@ class Saved:
             if file_digest(path).removeprefix("blake3:")[:32] not in path.name:
                 raise DataError("its bytes are not those that were saved")
             return read_table(path, _fields()).to_pylist()
-        except (DataError, ArtifactNotFound) as problem:  # a saved part spares work; without it the work is done again
+        except (
+            DataError,
+            ArtifactNotFound,
+            DigestMismatch,
+        ) as problem:  # it spares work; without it that is done again
             log.warning("saved part %s is dropped and its groups are drawn again: %s", key, problem)
             self.store.delete(key)
             return []

@@ -106,6 +106,7 @@ def _train(folder: Path, job: Job, rank: int) -> None:
     torch.manual_seed(job.seed + rank)
     torch.distributed.init_process_group("nccl" if job.device == "cuda" else "gloo")
     result = Trainer(folder, job).run()
+    nodes.name_attempt(folder, job.device)
     torch.distributed.barrier()
     if rank == 0:
         (folder / "result.json").write_text(result.model_dump_json())

@@ -1,11 +1,13 @@
 """Several nodes of one update: each uploads its own ranks' optimizer state, the first one publishes.
 
 Node and number come from torchrun's `PET_*` variables, as Kubeflow Trainer sets them. What the first node has to know
-of the others goes through the store, under `parts/`, until the manifests are written.
+of the others goes through the store, under `parts/`, until the manifests are written. It bears the attempt's name: an
+attempt that was killed may have left the state of other weights under the same work's key.
 """
 
 import json
 import os
+import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +21,8 @@ from components.update.config import UpdateSettings
 WAIT_SECONDS = 1800.0
 """How long a node waits for another's upload: an optimizer state of 100 GB over a slow link."""
 POLL_SECONDS = 0.5
+ATTEMPT_FILE = "attempt"
+"""File of a node's work folder with the name of this attempt, the same on all nodes."""
 
 
 def count() -> int:
@@ -29,6 +33,16 @@ def count() -> int:
 def rank() -> int:
     """Number of this node, from 0."""
     return int(os.environ.get("PET_NODE_RANK", "0")) if count() > 1 else 0
+
+
+def name_attempt(folder: Path, device: str) -> None:
+    """Draws a name and leaves it on every node; all processes of the update call it together."""
+    import torch
+
+    drawn = torch.tensor([secrets.randbits(62)], device=device)
+    torch.distributed.broadcast(drawn, src=0)
+    if os.environ["LOCAL_RANK"] == "0":
+        (folder / ATTEMPT_FILE).write_text(f"{int(drawn):016x}")
 
 
 def hand_over(stage: Stage[UpdateSettings], state: Mapping[str, Path]) -> None:
@@ -56,13 +70,18 @@ def collect(stage: Stage[UpdateSettings]) -> list[File]:
 
 
 def clear(stage: Stage[UpdateSettings]) -> None:
-    """Removes what was told; the manifests hold it now."""
-    for number in range(1, count()):
-        stage.store.delete(_key(stage, number))
+    """Removes what was told, in earlier attempts too; the manifests hold it now."""
+    told = [stat.key for stat in stage.store.list(_folder(stage)) if not stat.key.endswith("/task.json")]
+    for key in told:
+        stage.store.delete(key)
+
+
+def _folder(stage: Stage[UpdateSettings]) -> str:
+    return f"parts/{stage.producer.key.rpartition(':')[2]}/"
 
 
 def _key(stage: Stage[UpdateSettings], number: int) -> str:
-    return f"parts/{stage.producer.key.rpartition(':')[2]}/{number:05d}.json"
+    return f"{_folder(stage)}{(stage.work_dir / ATTEMPT_FILE).read_text()}-{number:05d}.json"
 
 
 def _pause(deadline: float, problem: str) -> None:

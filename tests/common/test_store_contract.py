@@ -6,11 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from components.common.errors import ArtifactNotFound, DigestMismatch, SettingsError, StoreError
 from components.common.integrity import blob_key, crc32c
 from components.common.manifest import file_digest
+from components.common.s3_store import S3Store
 from components.common.store import Store, open_store
 
 MIB = 1 << 20
@@ -122,8 +124,6 @@ def test_a_changed_blob_is_refused_and_not_left_behind(store: Store, tmp_path: P
 
 
 def test_what_others_wrote_without_a_digest_is_readable(rgw_store: Store, tmp_path: Path) -> None:
-    from components.common.s3_store import S3Store
-
     assert isinstance(rgw_store, S3Store)
     rgw_store.client.put_object(Body=b"plain", **rgw_store.name("plain"))
     assert rgw_store.get_bytes("plain") == b"plain"
@@ -155,3 +155,26 @@ def test_a_url_has_one_spelling() -> None:
 def test_crc32c_is_the_published_one() -> None:
     """Check value of CRC-32C (RFC 3720, appendix B.4 uses the same polynomial): 0xE3069283 of the digits 1 to 9."""
     assert crc32c(b"123456789") == b64encode(bytes.fromhex("e3069283")).decode()
+
+
+def test_a_damaged_part_of_an_unfinished_rollout_is_drawn_again(store: Store, tmp_path: Path) -> None:
+    from components.rollout.plan import Group
+    from components.rollout.resume import Sample, Saved
+    from components.rollout.sampler import SampleRequest, Sampling
+
+    sampling = Sampling(temperature=1.0, max_tokens=4)
+    groups = [Group("train", row, (SampleRequest(f"p{row}", 0, (1,), 7, sampling),)) for row in range(2)]
+    sample = Sample(np.array([1, 2], np.int32), np.array([-1.0, -2.0], np.float32), "stop")
+    saved = Saved(store, "partial/job/", "policy", tmp_path)
+    for group in groups:
+        saved.save([(group, [sample])])
+    first, second = (stat.key for stat in store.list("partial/"))
+    damaged = bytearray(store.get_bytes(first))
+    damaged[len(damaged) // 2] ^= 1
+    if isinstance(store, S3Store):  # its digest stands in the object's metadata, which damage leaves alone
+        metadata = store.client.head_object(**store.name(first))["Metadata"]
+        store.client.put_object(Body=bytes(damaged), **store.name(first), Metadata=metadata)
+    else:
+        store.put_bytes(bytes(damaged), first)
+    assert list(Saved(store, "partial/job/", "policy", tmp_path).load(groups)) == [("train", "p1")]
+    assert [stat.key for stat in store.list("partial/")] == [second]

@@ -1,18 +1,22 @@
 """The stage as its own process: ranks that die, and being told to stop."""
 
+import json
 import os
 import resource
 import signal
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from engine_case import Outcome
 
 from components.common.errors import StageError
-from components.update import launch
+from components.common.integrity import blob_key
+from components.common.store import FileStore
+from components.update import launch, nodes
 
 pytestmark = pytest.mark.slow
 
@@ -124,6 +128,34 @@ def test_two_nodes_make_the_policy_that_one_makes(case, engine_model):
     assert found.optimizer.names == wanted.optimizer.names
     assert found.optimizer.digest == wanted.optimizer.digest
     assert list(case.store.list("parts/")) == []
+
+
+def test_what_a_killed_attempt_left_is_not_mixed_into_the_next(tmp_path, monkeypatch):
+    """Two nodes: the second has uploaded and told of its state, then all were killed; the work's key stays the same."""
+    monkeypatch.setenv("PET_NNODES", "2")
+    monkeypatch.setattr(nodes, "WAIT_SECONDS", -1.0)
+    digest = "blake3:" + "0" * 64
+
+    def told(name):
+        return json.dumps([{"name": name, "size": 1, "digest": digest, "key": blob_key(digest)}]).encode()
+
+    def attempt(name):
+        work_dir = tmp_path / name
+        work_dir.mkdir()
+        (work_dir / "attempt").write_text(name)
+        return SimpleNamespace(store=store, producer=SimpleNamespace(key="sha256:abc"), work_dir=work_dir)
+
+    store = FileStore(tmp_path / "store")
+    killed, now = attempt("aa"), attempt("bb")
+    store.put_bytes(told("old"), "parts/abc/00001.json")
+    store.put_bytes(told("killed"), nodes._key(killed, 1))
+    store.put_bytes(b"{}", "parts/abc/task.json")
+    with pytest.raises(StageError, match="node 1 has not uploaded its optimizer state"):
+        nodes.collect(now)
+    store.put_bytes(told("now"), nodes._key(now, 1))
+    assert [file.name for file in nodes.collect(now)] == ["now"]
+    nodes.clear(now)
+    assert [stat.key for stat in store.list("")] == ["parts/abc/task.json"]
 
 
 worker = launch.work

@@ -197,6 +197,10 @@ def code_version() -> str:
         return "source"
 
 
+SCORED_BEFORE = "scored_before"
+"""Entry of a policy's metadata: the scored rollouts before it, in whatever run; configure writes, rollout reads it."""
+
+
 def manifest_key(fine_tune: str, run: str, iteration: int | None, name: str) -> str:
     """Where a manifest lives in the store."""
     return f"manifests/{fine_tune}/{run}/{'run' if iteration is None else f'{iteration:04d}'}/{name}.json"

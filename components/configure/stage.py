@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from components.common.errors import SettingsError
+from components.common.manifest import SCORED_BEFORE
 from components.common.settings import dump_stage, validate
 from components.common.stage import Stage, run_stage
 from components.common.store import open_store
@@ -90,7 +91,7 @@ def _publish(stage: Stage[RunSettings], begin: start.Start | None) -> None:
         stage.publish("optimizer", kind="optimizer")
         stage.publish("history", kind="evaluation", metadata=told)
         return
-    metadata = begin.policy.metadata
+    metadata = begin.policy.metadata | {SCORED_BEFORE: start.scored_before(stage.store, begin.policy)}
     _check_context(settings, metadata)
     log.info("going on from policy %s of run %s", begin.policy.iteration, begin.policy.run)
     stage.publish("policy", kind="policy", reuse=begin.policy.files, metadata=metadata)

@@ -10,7 +10,7 @@ from typing import Any
 
 from components.common.champion import read as read_champion
 from components.common.errors import ArtifactNotFound, DataError
-from components.common.manifest import Manifest
+from components.common.manifest import SCORED_BEFORE, Manifest, manifest_key
 from components.common.store import Store
 
 log = logging.getLogger("grpo")
@@ -155,6 +155,24 @@ def start_at(store: Store, policy: Manifest, *, with_optimizer: bool = True) -> 
     optimizer = _manifest(store, f"{here}/optimizer.json") if with_optimizer else None
     history = _manifest(store, f"{here}/evaluation.json") or _newest_evaluation(store, folder)
     return Start(policy, optimizer, history, _manifest(store, f"{folder}/run/reference.json"))
+
+
+def scored_before(store: Store, policy: Manifest, *, keep: int = 2) -> list[dict[str, Any]]:
+    """The scored rollouts of the iterations before a policy, the newest first; what chooses prompts goes on from them.
+
+    With staleness 1 two chains of rollouts take turns, so there are two. They may be of several runs: those of a run
+    before are in the metadata that its successor's policies carry.
+    """
+    carried = {entry["iteration"]: entry for entry in policy.metadata.get(SCORED_BEFORE, ())}
+    found = []
+    for iteration in range((policy.iteration or 0) - 1, (policy.iteration or 0) - 1 - keep, -1):
+        key = manifest_key(policy.fine_tune, policy.run, iteration, "scored")
+        scored = _manifest(store, key) if iteration >= 0 else None
+        if scored is not None:
+            found.append({"iteration": iteration, "manifest": key, "digest": scored.digest})
+        elif iteration in carried:
+            found.append(carried[iteration])
+    return found
 
 
 def _newest_evaluation(store: Store, folder: str) -> Manifest | None:

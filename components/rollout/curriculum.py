@@ -5,8 +5,9 @@ order that `prompts.choose` has. A drawn prompt's number goes up by one, and by 
 With nothing to postpone that is `prompts.choose` itself.
 
 The numbers travel in the rollout's metadata, through reward, to the rollout that follows in the chain: the policy it
-is given names the scored rollout it was made from. With staleness 1 two chains take turns, each with half of the
-prompts, since a rollout does not know yet what the one just before it drew.
+is given names the scored rollout it was made from, and a run's start policy those of the run before. With staleness 1
+two chains take turns, each with half of the prompts, since a rollout does not know yet what the one just before it
+drew.
 
 # N train prompts, P prompts an iteration
 """
@@ -14,12 +15,12 @@ prompts, since a rollout does not know yet what the one just before it drew.
 import base64
 import logging
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from components.common.errors import ArtifactError
-from components.common.manifest import Manifest, manifest_key
+from components.common.manifest import SCORED_BEFORE, Manifest, manifest_key
 from components.common.stage import Stage
 from components.rollout.config import RolloutSettings
 from components.rollout.prompts import check_enough, prompt_keys, ranks, visits_before
@@ -58,14 +59,14 @@ class Turns:
         """Lets prompts sit out so many epochs that they are drawn `weight` times as often."""
         self.turn_N[list(rows)] += round(1 / weight) - 1
 
-    def dump(self, prompts: str, members_N: "np.ndarray") -> dict[str, Any]:
-        """As metadata of a manifest: about a quarter of a byte a prompt. `prompts` is the digest of their artifact."""
+    def dump(self, members_N: "np.ndarray", **belongs_to: Any) -> dict[str, Any]:
+        """As metadata of a manifest: about a quarter of a byte a prompt. `belongs_to`: what must be equal to go on."""
         import numpy as np
 
         first = int(self.turn_N[members_N].min())
         ahead_N = np.clip(self.turn_N - first, 0, _FARTHEST).astype(np.uint8)
         packed = base64.b64encode(zlib.compress(ahead_N.tobytes(), 9)).decode()
-        return {"prompts": prompts, "first": first, "ahead": packed}
+        return {**belongs_to, "first": first, "ahead": packed}
 
     @classmethod
     def load(cls, keys_N: "np.ndarray", seed: int, value: dict[str, Any]) -> "Turns":
@@ -88,19 +89,19 @@ def members_of(keys_N: "np.ndarray", iteration: int, staleness: int) -> "np.ndar
 def choose_by_outcome(stage: Stage[RolloutSettings], names: Sequence[str]) -> tuple[list[int], dict[str, Any], int]:
     """Rows of the iteration's prompts, the metadata that carries the turns on, and how many prompts were postponed."""
     context, settings, iteration = stage.context, stage.settings, stage.iteration
-    keys_N, prompts = prompt_keys(names), stage.manifest("prompts").digest
-    members_N = members_of(keys_N, iteration, context.staleness)
-    before = scored_before(stage)
-    postponed: list[int] = []
-    if before is not None and before.metadata.get(METADATA, {}).get("prompts") == prompts:
+    keys_N, members_N = prompt_keys(names), members_of(prompt_keys(names), iteration, context.staleness)
+    belongs_to = {"prompts": stage.manifest("prompts").digest, "seed": context.seed, "staleness": context.staleness}
+    found, postponed = scored_before(stage, belongs_to), []
+    if found is None:
+        turns = _fresh(keys_N, members_N, stage)
+    else:
+        before, rewards = found
         turns = Turns.load(keys_N, context.seed, before.metadata[METADATA])
         row_of = {name: row for row, name in enumerate(names)}
-        postponed = [row_of[name] for name in alike_groups(_rewards(stage, before))]
+        postponed = [row_of[name] for name in alike_groups(rewards)]
         turns.postpone(postponed, settings.curriculum_weight)
-    else:
-        turns = _fresh(keys_N, members_N, stage)
     chosen = turns.draw(settings.num_prompts, members_N)
-    return chosen, {METADATA: turns.dump(prompts, members_N)}, len(postponed)
+    return chosen, {METADATA: turns.dump(members_N, **belongs_to)}, len(postponed)
 
 
 def _fresh(keys_N: "np.ndarray", members_N: "np.ndarray", stage: Stage[RolloutSettings]) -> Turns:
@@ -114,19 +115,33 @@ def _fresh(keys_N: "np.ndarray", members_N: "np.ndarray", stage: Stage[RolloutSe
     return Turns(keys_N, turn_N, seed)
 
 
-def scored_before(stage: Stage[RolloutSettings]) -> Manifest | None:
-    """The scored rollout the policy was updated with; None for a policy that was not updated in this fine-tune."""
-    policy = stage.manifest("policy")
-    wanted = policy.parents.get("scored")
-    if wanted is None or not policy.iteration:
+def scored_before(stage: Stage[RolloutSettings], belongs_to: Mapping[str, Any]) -> "tuple[Manifest, pa.Table] | None":
+    """The scored rollout before this one in its chain, and its rewards; None where the chain starts afresh.
+
+    That is so at a fine-tune's beginning, with other prompts, seed or staleness than before, and where it is gone.
+    """
+    place = _place_before(stage)
+    if place is None:
         return None
-    key = manifest_key(policy.fine_tune, policy.run, policy.iteration - 1, "scored")
+    key, wanted = place
     try:
         found = Manifest.parse(stage.store.get_bytes(key), where=key)
-    except ArtifactError as problem:  # the curriculum then starts afresh; every prompt still has its turn
+        state = found.metadata.get(METADATA, {})
+        if found.digest != wanted or any(state.get(name) != value for name, value in belongs_to.items()):
+            return None
+        return found, _rewards(stage, found)
+    except ArtifactError as problem:  # every prompt still has its turn
         log.warning("curriculum: %s; it starts afresh", problem)
         return None
-    return found if found.digest == wanted else None
+
+
+def _place_before(stage: Stage[RolloutSettings]) -> tuple[str, str] | None:
+    """Key and digest of the manifest: the parent of the policy, or for a run's start policy what configure noted."""
+    policy, wanted = stage.manifest("policy"), stage.iteration - stage.context.staleness - 1
+    if "scored" in policy.parents and policy.iteration == wanted + 1:
+        return manifest_key(policy.fine_tune, policy.run, wanted, "scored"), policy.parents["scored"]
+    entries = policy.metadata.get(SCORED_BEFORE, ())
+    return next(((entry["manifest"], entry["digest"]) for entry in entries if entry["iteration"] == wanted), None)
 
 
 def _rewards(stage: Stage[RolloutSettings], scored: Manifest) -> "pa.Table":

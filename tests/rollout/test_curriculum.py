@@ -1,5 +1,6 @@
 """Prompts whose groups came out alike are drawn less, the others in turn; the state survives its journey."""
 
+import json
 from collections import Counter
 from itertools import pairwise
 
@@ -14,6 +15,7 @@ from components.common.records import reward_fields, write_table
 from components.common.store import open_store
 from components.rollout.curriculum import Turns, alike_groups, members_of
 from components.rollout.prompts import choose, prompt_keys, visits_before
+from tests.rollout.conftest import Job
 
 ALL = slice(None)
 
@@ -60,7 +62,7 @@ def test_a_prompt_that_becomes_interesting_again_is_drawn_as_often_as_others():
 def test_the_state_survives_the_journey_in_metadata(ahead, first):
     keys = prompt_keys([str(n) for n in range(len(ahead))])
     state = Turns(keys, np.array(ahead, dtype=np.int64) + first, 7)
-    back = Turns.load(keys, 7, state.dump("blake3:x", np.ones(len(state.turn_N), dtype=bool)))
+    back = Turns.load(keys, 7, state.dump(np.ones(len(state.turn_N), dtype=bool)))
     assert np.array_equal(back.turn_N, state.turn_N)
 
 
@@ -69,7 +71,7 @@ def test_the_state_of_many_prompts_is_small():
     for _ in range(30):
         drawn = state.draw(1024, np.ones(50_000, dtype=bool))
         state.postpone(drawn[::3], 0.25)
-    assert len(state.dump("blake3:x", np.ones(len(state.turn_N), dtype=bool))["ahead"]) < 25_000
+    assert len(state.dump(np.ones(len(state.turn_N), dtype=bool))["ahead"]) < 25_000
 
 
 def test_two_chains_share_the_prompts_without_overlap():
@@ -114,7 +116,7 @@ def next_policy(job, scored: Manifest, iteration: int) -> None:
     after = artifacts.publish(
         open_store(job.context.store), job.context, name="policy", kind="policy", files={}, reuse=policy.files,
         producer=Producer(stage="update", key=f"u{iteration}", settings_digest="s", code_version="v"),
-        parents={"policy": policy.digest, "scored": scored.digest}, iteration=iteration,
+        parents={"policy": policy.digest, "scored": scored.digest}, iteration=iteration, metadata=policy.metadata,
     )  # fmt: skip
     job.policy.write_bytes(after.dump())
 
@@ -156,3 +158,65 @@ def test_with_staleness_every_prompt_has_its_turn(make_job):
     counts = Counter(drawn)
     assert counts.pop("train-7") == 1
     assert set(counts.values()) <= {2, 3}  # its place went to another
+
+
+def start_run(job: Job, name: str, *, first: int, iterations: int, staleness: int) -> None:
+    """What configure makes of the last checkpoint becomes the job's policy and context."""
+    from components.configure.config import STAGE_SECTIONS
+    from components.configure.stage import run
+
+    out = job.folder / name
+    settings = {
+        "fine_tune": "tune", "model": "unused", "store": job.context.store, "seed": 3, "start_from": "latest",
+        "iterations": iterations, "staleness": staleness, "dataset": {"source": "gsm8k", "max_prompt_length": 16},
+        "rollout": {"max_completion_length": 16},
+    }  # fmt: skip
+    manifests = {role: out / f"{role}.json" for role in ("policy", "optimizer", "reference", "history")}
+    texts = {f"{section}_settings": out / section for section in (*STAGE_SECTIONS, "run")}
+    run(settings=json.dumps(settings), parameters="{}", run=name, job_id="x", **manifests, **texts)
+    job.policy = manifests["policy"]
+    job.context = job.context.model_copy(update={"run": name, "first_iteration": first, "iterations": iterations})
+
+
+def iterate(job: Job, first: int, iterations: int, staleness: int) -> list[list[str]]:
+    """Rollouts, rewards and updates of a run; gives each iteration's prompts. Groups of even prompts come out alike."""
+    policies, drawn = [job.policy.read_bytes()], []
+    for number in range(iterations):
+        job.policy.write_bytes(policies[max(0, number - staleness)])
+        rollout = job.run(
+            iteration=number, out=f"{first + number}", curriculum_weight=0.25, num_prompts=6, max_completion_length=2,
+            eval_every=100,
+        )  # fmt: skip
+        drawn.append(list(dict.fromkeys(job.table(rollout, "train").column("prompt_id").to_pylist())))
+        job.policy.write_bytes(policies[-1])
+        scored = score(job, rollout, first + number, alike=lambda name: int(name.split("-")[1]) % 2 == 0)
+        next_policy(job, scored, first + number + 1)
+        policies.append(job.policy.read_bytes())
+    return drawn
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("runs", [(5, 3), (4, 1, 3)])
+def test_a_chain_of_runs_draws_what_one_run_draws(make_job, staleness, runs):
+    """The state goes on from run to run, that of both chains where two take turns; without it all would be drawn."""
+    whole = make_job(name="whole", num_train=24, iterations=8, staleness=staleness)
+    expected = iterate(whole, 0, 8, staleness)
+    job = make_job(name="chain", num_train=24, iterations=runs[0], staleness=staleness)
+    drawn = iterate(job, 0, runs[0], staleness)
+    for number, iterations in enumerate(runs[1:], start=2):
+        first = len(drawn)
+        start_run(job, f"run-{number}", first=first, iterations=iterations, staleness=staleness)
+        drawn += iterate(job, first, iterations, staleness)
+    assert drawn == expected
+    if staleness == 0:
+        assert all(int(name.split("-")[1]) % 2 for names in drawn[4:] for name in names)
+
+
+def test_what_was_collected_meanwhile_is_a_fresh_start(make_job, caplog):
+    job = make_job(num_train=24, iterations=2)
+    iterate(job, 0, 2, 0)
+    store = open_store(job.context.store)
+    store.delete("manifests/tune/run/0001/scored.json")
+    start_run(job, "run-2", first=2, iterations=1, staleness=0)
+    names = [f"train-{n}" for n in range(24)]
+    assert iterate(job, 2, 1, 0) == [[names[row] for row in choose(names, seed=3, num_prompts=6, iteration=2)]]

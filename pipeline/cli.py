@@ -83,10 +83,16 @@ def compile_pipeline(
     overrides: Overrides = None,
 ) -> None:
     """Compile the pipeline to a file that the Kubeflow UI takes."""
+    from components.common.errors import SettingsError
     from pipeline.compiling import compile_to
     from pipeline.settings import load
+    from pipeline.submitting import check_for_cluster
 
     settings = load(file, overrides or [])
+    try:
+        check_for_cluster(settings)
+    except SettingsError as error:  # the form may still name others
+        print(f"warning: {error}", file=sys.stderr)
     tasks = compile_to(settings, output)
     print(f"{output}: {tasks} tasks, {settings.iterations} iterations")
 

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from components.common.kube import TRAIN_JOBS, ClusterError, call, status_of
+from pipeline.connection import KUBEFLOW
 from pipeline.doctor import Finding
 from pipeline.following import Pods
 from pipeline.resources import STAGES, ClusterSettings, StageResources, Toleration, node_selector, quantity, tolerations
 from pipeline.settings import PipelineSettings
 
-APPLY = "kubectl apply -k k8s/overlays/standalone"
 SERVER = "ml-pipeline"
 RIGHTS = (
     ("list", "", "pods", None),
@@ -47,6 +47,12 @@ def examine_cluster(settings: PipelineSettings | None, namespace: str) -> Iterat
         yield from quotas(core, namespace, settings)
 
 
+def apply(namespace: str, cluster: ClusterSettings) -> str:
+    """The command that applies what the runs' namespace lacks."""
+    overlay = "standalone" if namespace == KUBEFLOW else "gpu" if cluster.queue else "profile"
+    return f"kubectl apply -k k8s/overlays/{overlay}"
+
+
 def read(what: str, request: Callable[[], Any]) -> Any:
     """The object; None when it is not there; a warning when this account may not look."""
     try:
@@ -74,7 +80,7 @@ def version() -> Finding:
 
     from kubernetes import client
 
-    found = read("deployment ml-pipeline", lambda: client.AppsV1Api().read_namespaced_deployment(SERVER, "kubeflow"))
+    found = read("deployment ml-pipeline", lambda: client.AppsV1Api().read_namespaced_deployment(SERVER, KUBEFLOW))
     if found is None or isinstance(found, Finding):
         return found or Finding("warning", "Kubeflow's version", "no deployment ml-pipeline in kubeflow")
     server = found.spec.template.spec.containers[0].image.rpartition(":")[2]
@@ -126,26 +132,27 @@ def named_objects(core: Any, namespace: str, cluster: ClusterSettings, nodes: in
     """Accounts, secrets, configuration and roles that pods name."""
     from kubernetes import client
 
-    account = cluster.service_account or ("pipeline-runner" if namespace == "kubeflow" else "default-editor")
+    mend = apply(namespace, cluster)
+    account = cluster.service_account or ("pipeline-runner" if namespace == KUBEFLOW else "default-editor")
     accounts = [account, "grpo-janitor", *(["grpo-trainjob"] if nodes > 1 else [])]
     for name in accounts:
         request = lambda name=name: core.read_namespaced_service_account(name, namespace)  # noqa: E731
-        yield _presence(read(f"service account {name}", request), f"service account {name}", APPLY)
+        yield _presence(read(f"service account {name}", request), f"service account {name}", mend)
     role = client.RbacAuthorizationV1Api()
     found = read("role grpo-stages", lambda: role.read_namespaced_role("grpo-stages", namespace))
-    yield _presence(found, "role grpo-stages", APPLY, needed=nodes > 1)
+    yield _presence(found, "role grpo-stages", mend, needed=nodes > 1)
     secrets = [name for name in (cluster.storage_secret, cluster.hub_secret, *cluster.image_pull_secrets) if name]
     for name in secrets:
         request = lambda name=name: core.read_namespaced_secret(name, namespace)  # noqa: E731
         yield _presence(read(f"secret {name}", request), f"secret {name}", f"k8s/secrets.sh {namespace}")
     if cluster.config_map:
         found = read("config map", lambda: core.read_namespaced_config_map(cluster.config_map, namespace))
-        yield _presence(found, f"config map {cluster.config_map}", APPLY, needed=False)
+        yield _presence(found, f"config map {cluster.config_map}", mend, needed=False)
     if nodes > 1:
         runtime = TRAIN_JOBS | {"plural": "trainingruntimes", "namespace": namespace, "name": "grpo-update"}
         custom = client.CustomObjectsApi()
         found = read("training runtime", lambda: custom.get_namespaced_custom_object(**runtime))
-        yield _presence(found, "training runtime grpo-update", APPLY)
+        yield _presence(found, "training runtime grpo-update", mend)
 
 
 def pools(core: Any, cluster: ClusterSettings) -> Iterator[Finding]:

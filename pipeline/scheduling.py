@@ -11,7 +11,8 @@ from pipeline.connection import ClusterError, call, make_once
 from pipeline.settings import PipelineSettings
 from pipeline.submitting import Uploaded, check_at_rest, check_for_cluster, named, pages, pipeline_name, split, upload
 
-FIELD = r"(\*|\d+(-\d+)?(,\d+(-\d+)?)*)(/\d+)?"
+PART = re.compile(r"(?:\*|(\d+)(?:-(\d+))?)(?:/(\d+))?")
+"""One part of a field's list: *, a number or a range, with a step or without."""
 BOUNDS = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))
 NAMES = ("minute", "hour", "day of month", "month", "day of week")
 
@@ -40,11 +41,31 @@ def six_fields(cron: str, timezone: str | None, *, at: datetime | None = None) -
     if len(fields) != 5:
         raise SettingsError(f"--cron wants five fields (minute hour day month weekday), got {cron!r}")
     for name, field, (low, high) in zip(NAMES, fields, BOUNDS, strict=True):
-        numbers = [int(number) for number in re.findall(r"\d+", field.partition("/")[0])]
-        if not re.fullmatch(FIELD, field) or any(not low <= number <= high for number in numbers):
-            raise SettingsError(f"--cron: {name} wants {low}-{high}, * or lists and ranges of them, got {field!r}")
-    fields[4] = re.sub(r"\b7\b", "0", fields[4])  # both are Sunday; Kubeflow's parser knows 0 only
+        if not all(_fits(part, low, high) for part in field.split(",")):
+            raise SettingsError(
+                f"--cron: {name} wants {low}-{high}, * or lists and ranges of them, upwards and in steps of at least "
+                f"1, got {field!r}"
+            )
+    fields[4] = ",".join(map(_sunday_first, fields[4].split(",")))
     return " ".join(["0", *(_to_utc(fields, timezone, at) if timezone else fields)])
+
+
+def _fits(part: str, low: int, high: int) -> bool:
+    match = PART.fullmatch(part)
+    if match is None:
+        return False
+    first, last, step = match.groups()
+    begin, end = int(first or low), int(last or first or high)
+    return low <= begin <= end <= high and int(step or 1) > 0
+
+
+def _sunday_first(part: str) -> str:
+    """A part of the weekdays with 0 for 7: both are Sunday, Kubeflow's parser knows 0 only."""
+    first, last, step = PART.fullmatch(part).groups()  # type: ignore[union-attr]
+    if "7" not in (first, last):
+        return part
+    days = range(int(first), int(last or first) + 1, int(step or 1))
+    return ",".join(str(day % 7) for day in days)
 
 
 def _to_utc(fields: list[str], timezone: str, at: datetime | None) -> list[str]:

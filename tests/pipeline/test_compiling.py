@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from components.common.errors import SettingsError
 from components.common.settings import validate
 from components.configure.config import RunSettings
 from components.configure.form import form_fields, overlay
+from pipeline.cli import app
 from pipeline.compiling import LOADER, compile_to, iterations_that_fit, task_count
 from pipeline.scaffold import write_start
 from pipeline.settings import PipelineSettings, load
@@ -161,6 +163,31 @@ def test_every_drop_down_offers_its_own_default(two_iterations):
     assert drop_downs["dataset_preset"]["literals"] == ["", "gsm8k", "math500"]
     for name, parameter in drop_downs.items():
         assert parameter["defaultValue"] in parameter["literals"], name
+
+
+def test_what_a_pod_cannot_see_is_told_when_it_is_compiled(tmp_path):
+    write_start(tmp_path / "mine")
+    images = (f"cluster.{stage}.image=registry.example/cpu@sha256:{'0' * 64}" for stage in STAGES)
+    options = [part for image in images for part in ("--set", image)]
+    result = CliRunner().invoke(
+        app, ["compile", str(tmp_path / "mine/settings.toml"), "-o", str(tmp_path / "p.yaml"), *options]
+    )
+    assert result.exit_code == 0 and (tmp_path / "p.yaml").exists()
+    assert "warning: a pod cannot see" in result.stderr and "store = file://" in result.stderr
+
+
+def test_an_update_on_several_nodes_is_a_small_pod_that_knows_what_its_nodes_get(tmp_path):
+    cluster = VALUES["cluster"] | {"queue": None}
+    ir, platform = compiled(tmp_path, update={"nodes": 2}, cluster=cluster)
+    (name,) = {name for name in ir["deploymentSpec"]["executors"] if name == "exec-update"}
+    container = ir["deploymentSpec"]["executors"][name]["container"]
+    assert container["image"] == VALUES["cluster"]["configure"]["image"] and "accelerator" not in container["resources"]
+    assert "nodeSelector" not in platform[name] and "tolerations" not in platform[name]
+    environment = {entry["name"]: entry.get("value") for entry in container["env"]}
+    nodes = json.loads(environment["GRPO_UPDATE_NODES"])
+    assert (nodes["gpus"], nodes["image"], nodes["shm"]) == (8, VALUES["cluster"]["update"]["image"], "32Gi")
+    assert {found["key"] for found in nodes["tolerations"]} == {"nvidia.com/gpu"}
+    assert ir["deploymentSpec"]["executors"]["exec-rollout"]["container"]["resources"]["accelerator"]
 
 
 def test_every_pod_has_requests_an_image_by_digest_and_is_not_root(two_iterations):

@@ -109,6 +109,16 @@ def test_what_is_missing_has_the_command_that_mends_it(cluster, no_bucket, missi
     assert [item.what for item in found.values() if item.state != "ok"] == [what]
 
 
+@pytest.mark.parametrize(
+    ("namespace", "queue", "overlay"),
+    [("kubeflow", None, "standalone"), ("team", None, "profile"), ("team", "grpo", "gpu")],
+)
+def test_what_is_missing_is_applied_with_the_overlay_of_the_namespace(namespace, queue, overlay):
+    cluster = settings(queue=queue).cluster
+    assert doctor_cluster.apply(namespace, cluster) == f"kubectl apply -k k8s/overlays/{overlay}"
+    assert (Path(__file__).parents[2] / "k8s/overlays" / overlay / "kustomization.yaml").exists()
+
+
 def test_trainer_is_missed_only_by_updates_on_several_nodes(cluster, no_bucket):
     del cluster.objects["customresourcedefinitions/trainjobs.trainer.kubeflow.org"]
     assert findings(cluster, settings())["definition trainjobs.trainer.kubeflow.org"].state == "warning"

@@ -101,9 +101,8 @@ def sync(
         answer, problem = _run_child(request, deadline)
         if problem is None:
             return answer
-    log.warning(
-        "MLflow at %s was not told: %s. The run goes on; the next evaluation makes up for it", _safe(uri), problem
-    )
+    later = "the fine-tune's next evaluation sends its figures, its next publish registers its champion"
+    log.warning("MLflow at %s was not told: %s. The run goes on; %s", _safe(uri), problem, later)
     return None
 
 

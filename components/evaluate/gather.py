@@ -45,13 +45,13 @@ def rollouts_of(store: Store, scored: Manifest) -> list[Manifest]:
     return [manifest for manifest in found if manifest.kind == "rollout" and manifest.digest in parents]
 
 
-def metrics_of(rollouts: Sequence[Manifest], scored: Manifest, policy: Manifest) -> dict[str, float]:
-    """Metrics of all stages behind an evaluation, under their own names; the reward stage sees all shards and wins.
+def metrics_of(scored: Manifest, policy: Manifest) -> dict[str, float]:
+    """Metrics of all stages behind an evaluation, under their own names; those of the rollout stand in `scored`.
 
     What an update says of its batch's rewards concerns the iteration before and is left to that iteration's record.
     """
     updated = {name: value for name, value in finite(policy.metrics).items() if not name.startswith(_OF_THE_BATCH)}
-    return updated | merge([finite(manifest.metrics) for manifest in rollouts]) | finite(scored.metrics)
+    return updated | finite(scored.metrics)
 
 
 def seconds_of(rollouts: Sequence[Manifest], scored: Manifest, policy: Manifest) -> dict[str, float]:
@@ -62,20 +62,3 @@ def seconds_of(rollouts: Sequence[Manifest], scored: Manifest, policy: Manifest)
         if isinstance(seconds, int | float) and manifest.producer.stage in ("rollout", "reward", "update"):
             found[manifest.producer.stage] = max(found.get(manifest.producer.stage, 0.0), float(seconds))
     return found
-
-
-def merge(shards: Sequence[dict[str, float]]) -> dict[str, float]:
-    """One set of metrics for shards of like size: counts add up, extremes stay extremes, the rest is averaged."""
-    merged: dict[str, float] = {}
-    for name in {name for shard in shards for name in shard}:
-        values = [shard[name] for shard in shards if name in shard]
-        last = name.rpartition("/")[2]
-        if last.startswith("num_"):
-            merged[name] = sum(values)
-        elif last == "max" or last.startswith("max_"):
-            merged[name] = max(values)
-        elif last == "min" or last.startswith("min_"):
-            merged[name] = min(values)
-        else:
-            merged[name] = sum(values) / len(values)
-    return merged

@@ -82,14 +82,14 @@ def _evaluate(stage: Stage[EvaluateSettings]) -> None:
     gather.check_policy(stage.manifest("policy"), stage.iteration or 0, tables)
     held_out = _judge(stage, tables.get("eval"), past)
     rollouts = gather.rollouts_of(stage.store, stage.manifest("scored"))
-    behind = (rollouts, stage.manifest("scored"), stage.manifest("policy"))
+    behind = (stage.manifest("scored"), stage.manifest("policy"))
     record = Record(
         iteration=stage.iteration or 0,
         run=stage.context.run,
         policy=stage.manifest("policy").digest,
         created=now().isoformat(),
         metrics=gather.metrics_of(*behind) | held_out.metrics,
-        seconds=gather.seconds_of(*behind) | {"evaluate": round(time.monotonic() - started, 3)},
+        seconds=gather.seconds_of(rollouts, *behind) | {"evaluate": round(time.monotonic() - started, 3)},
     )
     records = history.extend(past.records, record)
     files = _write(stage, record, records, _prompts(past, held_out, record), _samples(stage, tables, past))

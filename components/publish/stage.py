@@ -56,9 +56,11 @@ def _publish(stage: Stage[PublishSettings]) -> None:
     log.info("%s: %s", "accepted" if outcome["accepted"] else "rejected", outcome["reason"])
     if outcome["accepted"]:
         export.export(stage.manifest("policy"), stage.settings.export_dir)
-    outcome["mlflow"] = _track(stage, records["records"], folder, outcome)
-    if outcome["accepted"] and not repeated:
-        champion.write(stage.store, stage.context.fine_tune, _pointer(stage, outcome))
+    moved = outcome["accepted"] and not repeated
+    standing = _pointer(stage, outcome) if moved else present
+    outcome["mlflow"] = _track(stage, records["records"], folder, standing)
+    if standing and moved:
+        champion.write(stage.store, stage.context.fine_tune, standing.model_copy(update={"decision": outcome}))
     _record(stage, outcome)
 
 
@@ -184,32 +186,41 @@ def _dataset_digest(stage: Stage[PublishSettings]) -> str | None:
 
 
 def _track(
-    stage: Stage[PublishSettings], records: list[dict[str, Any]], folder: Path, outcome: dict[str, Any]
+    stage: Stage[PublishSettings], records: list[dict[str, Any]], folder: Path, standing: Champion | None
 ) -> dict[str, Any] | None:
-    """Brings MLflow up to date; an accepted policy becomes a version that the alias `champion` points to."""
-    policy, evaluation = stage.manifest("policy"), stage.manifest("evaluation")
-    model = None
-    if outcome["accepted"]:
-        candidate = outcome["candidate"]
-        tags = {
-            "grpo.fine_tune": policy.fine_tune,
-            "grpo.run": policy.run,
-            "grpo.iteration": str(policy.iteration or 0),
-            "grpo.metric": tracking.metric_name(outcome["rule"]["metric"]),
-            "grpo.value": f"{candidate['value']:.6g}",
-            "grpo.low": str(candidate["low"]),
-            "grpo.high": str(candidate["high"]),
-            "grpo.store": policy.store,
-            "grpo.evaluation": evaluation.digest,
-            "grpo.previous": str(outcome["previous_champion"]),
-        }
-        tags |= {f"grpo.parent.{role}": digest for role, digest in policy.parents.items()}
-        name = stage.settings.registered_model or stage.context.fine_tune
-        model = tracking.Model(name, policy, _key(policy, "policy"), tags)
+    """Brings MLflow up to date. The champion is a version that the alias `champion` points to.
+
+    That is so whoever made it champion: one that MLflow was not told of, since it was down, is made up for.
+    """
+    evaluation = stage.manifest("evaluation")
     return tracking.sync(
         stage.context, records=records, settings=evaluation.metadata.get("settings", {}),
-        artifacts=[folder / "report.html", folder / "history.json"], model=model, finished=True,
+        artifacts=[folder / "report.html", folder / "history.json"],
+        model=_model(stage, standing) if standing else None, finished=True,
     )  # fmt: skip
+
+
+def _model(stage: Stage[PublishSettings], standing: Champion) -> tracking.Model | None:
+    try:
+        policy = Manifest.parse(stage.store.get_bytes(standing.manifest), where=standing.manifest)
+    except ArtifactNotFound as error:
+        log.warning("the champion's policy is gone (%s): not registered", error)
+        return None
+    tags = {
+        "grpo.fine_tune": policy.fine_tune,
+        "grpo.run": policy.run,
+        "grpo.iteration": str(policy.iteration or 0),
+        "grpo.metric": tracking.metric_name(standing.metric),
+        "grpo.value": f"{standing.value:.6g}",
+        "grpo.low": str(standing.low),
+        "grpo.high": str(standing.high),
+        "grpo.store": policy.store,
+        "grpo.evaluation": standing.evaluation_digest,
+        "grpo.previous": str(standing.previous),
+    }
+    tags |= {f"grpo.parent.{role}": digest for role, digest in policy.parents.items()}
+    name = stage.settings.registered_model or stage.context.fine_tune
+    return tracking.Model(name, policy, standing.manifest, tags)
 
 
 def _record(stage: Stage[PublishSettings], outcome: dict[str, Any]) -> None:

@@ -10,7 +10,8 @@ def markdown(fine_tune: str, outcome: dict[str, Any]) -> str:
     lines += [f"| | Update | Run | {metric} | 95 % interval | Digest |", "|---|---:|---|---:|---:|---|"]
     lines += [_row(contender) for contender in (outcome["candidate"], outcome["rival"]) if contender]
     if outcome.get("mlflow") and outcome["mlflow"].get("model_version"):
-        lines += ["", f"Version {outcome['mlflow']['model_version']} in the model registry, alias `champion`."]
+        whose = "This policy" if outcome["accepted"] else "The champion"
+        lines += ["", f"{whose} is version {outcome['mlflow']['model_version']} in the model registry."]
     return "\n".join(lines) + "\n"
 
 

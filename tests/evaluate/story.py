@@ -56,7 +56,7 @@ class Story:
         path.write_text(text or f"weights {iteration}")
         return self.artifact("policy", "policy", {"weights.txt": path}, iteration=iteration, **options)
 
-    def scored(self, iteration: int, rollout_metrics: dict | None = None, **splits) -> Path:
+    def scored(self, iteration: int, metrics: dict | None = None, **splits) -> Path:
         """Scored samples of the policy made last for that iteration: `eval={"a": [sample, ...]}`, `train={...}`.
 
         The reward functions are match and bonus.
@@ -68,12 +68,12 @@ class Story:
             rewards[f"{split}_rewards.parquet"] = self._rewards(split, rows)
         rollout = self.artifact(
             "completions-00", "rollout", completions, iteration=iteration, stage="rollout",
-            metrics=rollout_metrics or {}, metadata={"seconds": 4.0},
+            metadata={"seconds": 4.0},
         )  # fmt: skip
         parent = Manifest.load(rollout).digest
         return self.artifact(
             "scored", "scored", completions | rewards, iteration=iteration, stage="reward",
-            metrics={"reward": 0.5}, metadata={"seconds": 1.0}, parents={"completions": parent},
+            metrics={"reward": 0.5} | (metrics or {}), metadata={"seconds": 1.0}, parents={"completions": parent},
         )  # fmt: skip
 
     def _completions(self, split, rows, digest):

@@ -187,7 +187,7 @@ def test_the_registered_policy_loads_from_the_store_and_generates(
         history = story.evaluate(iteration, policy, story.scored(iteration, eval=held_out), history).path
     decision, summary = publish(story, policy, history)
     assert decision["mlflow"]["model_version"] == "1"
-    assert "Version 1 in the model registry" in summary
+    assert "This policy is version 1 in the model registry." in summary
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     import mlflow
@@ -207,3 +207,27 @@ def test_the_registered_policy_loads_from_the_store_and_generates(
     short, long = model.predict(["1+", "1+2="], {"max_new_tokens": 3})
     assert max(len(short), len(long)) <= 3
     assert [short] == model.predict(["1+"], {"max_new_tokens": 3})  # padding beside a longer prompt changes nothing
+
+
+def test_a_champion_that_mlflow_was_not_told_of_is_registered_by_the_next_publish(make_story, fine_tune, tmp_path):
+    down = make_story(tracking_uri="http://127.0.0.1:9", enabled=True)
+    policy, evaluation = fine_tune(down, [WRONG, HALF])
+    decision, _ = publish(down, policy, evaluation)
+    assert decision["accepted"] and decision["mlflow"] is None
+
+    up = make_story(run="run-2", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", enabled=True)
+    decision, summary = publish(up, *fine_tune(up, [WRONG], first=2, history=evaluation))
+    assert not decision["accepted"]
+    assert "The champion is version 1 in the model registry." in summary
+
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=up.context.tracking.uri, registry_uri=up.context.tracking.uri)
+    (version,) = client.search_model_versions("name = 'sums'")
+    assert client.get_model_version_by_alias("sums", "champion").version == version.version
+    told = {name: version.tags[f"grpo.{name}"] for name in ("digest", "run", "iteration", "value", "evaluation")}
+    manifest = Manifest.load(policy)
+    assert told == {
+        "digest": manifest.digest, "run": "run-1", "iteration": "1", "value": "0.5",
+        "evaluation": Manifest.load(evaluation).digest,
+    }  # fmt: skip

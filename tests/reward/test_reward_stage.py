@@ -13,7 +13,9 @@ import pyarrow as pa
 import pytest
 
 from components.common.errors import ArtifactNotFound, DataError, StageError
+from components.common.manifest import Manifest
 from components.reward import landlock
+from components.reward.merge import rollout_metrics
 from components.reward.scoring import make_batches
 
 NUMERIC = [{"name": "numeric_match"}]
@@ -108,6 +110,26 @@ def test_the_order_of_shards_does_not_matter(case, rows_of):
     assert results[0].metrics["eval/reward"] == 0.5
     assert results[0].metrics["rollout/num_completions"] == 10
     assert results[0].metrics["rollout/seconds"] == 2
+
+
+def test_metrics_of_shards_are_those_of_one_job(case, rows_of):
+    """They run side by side: counts and speeds add up, the slowest is the time, the rest is the mean."""
+    one = {
+        "rollout/num_tokens": 100.0,
+        "rollout/eval_num_failed": 1.0,
+        "rollout/tokens_per_second": 50.0,
+        "rollout/seconds": 2.0,
+        "rollout/engine_start_seconds": 9.0,
+        "rollout/mean_length": 10.0,
+        "other": 1.0,
+    }
+    two = one | {"rollout/tokens_per_second": 30.0, "rollout/seconds": 5.0, "rollout/mean_length": 20.0}
+    manifest = Manifest.load(case.rollout(train=rows_of("p", ["4"])))
+    shards = [manifest.model_copy(update={"metrics": metrics}) for metrics in (one, two)]
+    assert rollout_metrics(shards) == {
+        "rollout/num_tokens": 200, "rollout/eval_num_failed": 2, "rollout/tokens_per_second": 80, "rollout/seconds": 5,
+        "rollout/engine_start_seconds": 9, "rollout/mean_length": 15,
+    }  # fmt: skip
 
 
 def test_workers_and_batches_do_not_change_scores(case, rows_of):

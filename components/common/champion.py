@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from components.common.errors import ArtifactError, ArtifactNotFound
+from components.common.errors import ArtifactError, ArtifactNotFound, StageError
 from components.common.settings import Settings
 from components.common.store import Store
 
@@ -54,9 +54,12 @@ def read(store: Store, fine_tune: str) -> Champion | None:
         ArtifactError: the pointer cannot be read as one.
     """
     try:
-        data = store.get_bytes(key(fine_tune))
+        return _parse(store.get_bytes(key(fine_tune)), fine_tune)
     except ArtifactNotFound:
         return None
+
+
+def _parse(data: bytes, fine_tune: str) -> Champion:
     try:
         return Champion.model_validate_json(data)
     except ValidationError as error:
@@ -67,7 +70,20 @@ def read(store: Store, fine_tune: str) -> Champion | None:
         ) from None
 
 
-def write(store: Store, fine_tune: str, champion: Champion) -> None:
-    """Moves the pointer; whoever reads sees the old or the new one, whole."""
-    text = json.dumps(champion.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
-    store.put_bytes(text.encode(), key(fine_tune))
+def write(store: Store, fine_tune: str, champion: Champion, *, after: Champion | None = None) -> None:
+    """Moves the pointer on from the champion it was decided against; whoever reads sees the old or the new one, whole.
+
+    Raises:
+        StageError: it points to another by now; nothing was changed.
+    """
+    text = (json.dumps(champion.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+    if after is None:
+        moved = store.put_bytes(text, key(fine_tune), if_absent=True)
+    else:
+        present = store.get_bytes(key(fine_tune))
+        moved = _parse(present, fine_tune) == after and store.put_bytes(text, key(fine_tune), instead_of=present)
+    if not moved:
+        raise StageError(
+            f"another run moved the champion of {fine_tune} while this one was judged; nothing was changed: run "
+            "publish again, it then judges against the new champion"
+        )

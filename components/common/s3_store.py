@@ -72,8 +72,8 @@ class S3Store:
             path.unlink(missing_ok=True)
             raise
 
-    def put_bytes(self, data: bytes, key: str, *, if_absent: bool = False) -> bool:
-        """Stores bytes; with `if_absent` the server decides which of racing writers wins.
+    def put_bytes(self, data: bytes, key: str, *, if_absent: bool = False, instead_of: bytes | None = None) -> bool:
+        """Stores bytes; with `if_absent` or `instead_of` the server decides which of racing writers wins.
 
         A writer signs the object: when an answer is lost and the next attempt finds the name taken, it sees whether the
         taker was itself. What it has won it reads back, since a name that is taken by damaged bytes stays taken, and
@@ -85,6 +85,15 @@ class S3Store:
         writer, sums = uuid.uuid4().hex, checksum(data)
         arguments = self.name(key) | {"Metadata": {DIGEST_HEADER: blake3(data).hexdigest(), "writer": writer}}
         condition = {"IfNoneMatch": "*"} if if_absent else {}
+        if instead_of is not None:
+            try:
+                present, answer = self._get(key)
+            except ArtifactNotFound:
+                return False
+            if present != instead_of:
+                return False
+            condition = {"IfMatch": answer["ETag"]}
+        guarded = bool(condition)
 
         def put(attempt: int) -> None:
             check_stored(self.client.put_object(Body=data, **sums, **arguments, **condition), data, sums)
@@ -97,7 +106,7 @@ class S3Store:
                 if status_of(error) != 412:
                     raise StoreError(f"{self.url}: writing {key}: {error}") from error
                 won = False
-            if not if_absent:
+            if not guarded:
                 return won
             stored, answer = self._get(key)
             if answer.get("Metadata", {}).get("writer") != writer:

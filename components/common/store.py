@@ -1,6 +1,7 @@
 """Object stores: where the bytes of artifacts live. One small Protocol; a folder is the embedded default."""
 
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -38,8 +39,9 @@ class Store(Protocol):
     def get_file(self, key: str, path: Path) -> None:
         """Writes the object to `path`. Raises ArtifactNotFound."""
 
-    def put_bytes(self, data: bytes, key: str, *, if_absent: bool = False) -> bool:
-        """Stores bytes; with `if_absent`, False says the key was taken and nothing was written."""
+    def put_bytes(self, data: bytes, key: str, *, if_absent: bool = False, instead_of: bytes | None = None) -> bool:
+        """Stores bytes; False says that nothing was written: with `if_absent` because the key was taken, with
+        `instead_of` because the object no longer holds these bytes."""
 
     def get_bytes(self, key: str) -> bytes:
         """Raises ArtifactNotFound."""
@@ -151,10 +153,12 @@ class FileStore:
             path.unlink()
             raise DigestMismatch(f"{self.url}: {key} was changed or cut: it holds {got}; delete it and make it again")
 
-    def put_bytes(self, data: bytes, key: str, *, if_absent: bool = False) -> bool:
+    def put_bytes(self, data: bytes, key: str, *, if_absent: bool = False, instead_of: bytes | None = None) -> bool:
         with self._incoming(key) as temporary:
             temporary.write_bytes(data)
             _flush(temporary)
+            if instead_of is not None:
+                return self._replace(temporary, key, instead_of)
             if not if_absent:
                 os.replace(temporary, self.path(key))
                 return True
@@ -163,6 +167,18 @@ class FileStore:
             except FileExistsError:
                 return False
             return True
+
+    def _replace(self, temporary: Path, key: str, before: bytes) -> bool:
+        target = self.path(key)
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)  # until it is closed: no other writer between the look and the rename
+            if not target.is_file() or target.read_bytes() != before:
+                return False
+            os.replace(temporary, target)
+            return True
+        finally:
+            os.close(folder)
 
     def get_bytes(self, key: str) -> bytes:
         with disk_errors(f"read {self.url}/{key}"):

@@ -54,13 +54,13 @@ def _publish(stage: Stage[PublishSettings]) -> None:
     repeated = present if present and _made_by(present, stage) else None
     outcome = dict(repeated.decision) if repeated else _outcome(stage, prompts, records["records"], present)
     log.info("%s: %s", "accepted" if outcome["accepted"] else "rejected", outcome["reason"])
+    standing = present
+    if outcome["accepted"] and not repeated:  # first of all: another run may have been quicker
+        standing = _pointer(stage, outcome)
+        champion.write(stage.store, stage.context.fine_tune, standing, after=present)
     if outcome["accepted"]:
         export.export(stage.manifest("policy"), stage.settings.export_dir)
-    moved = outcome["accepted"] and not repeated
-    standing = _pointer(stage, outcome) if moved else present
     outcome["mlflow"] = _track(stage, records["records"], folder, standing)
-    if standing and moved:
-        champion.write(stage.store, stage.context.fine_tune, standing.model_copy(update={"decision": outcome}))
     _record(stage, outcome)
 
 

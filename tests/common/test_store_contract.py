@@ -87,6 +87,19 @@ def test_one_of_many_racing_writers_wins(store: Store) -> None:
     assert store.put_bytes(b"later", "race/0", if_absent=True) is False
 
 
+def test_one_of_many_writers_replaces_what_it_has_seen(store: Store) -> None:
+    assert store.put_bytes(b"new", "pointer", instead_of=b"old") is False and store.stat("pointer") is None
+    store.put_bytes(b"0", "pointer")
+    for turn in range(10):
+        with ThreadPoolExecutor(8) as pool:
+            texts = [f"{turn} by {number}".encode() for number in range(8)]
+            before = store.get_bytes("pointer")
+            won = list(pool.map(lambda text, before=before: store.put_bytes(text, "pointer", instead_of=before), texts))
+        assert sum(won) == 1
+        assert store.get_bytes("pointer") == texts[won.index(True)]
+    assert store.put_bytes(b"late", "pointer", instead_of=b"0") is False
+
+
 def test_a_name_of_any_bytes_is_replaced_when_not_guarded(store: Store) -> None:
     assert store.put_bytes(b"one", "name") is True
     assert store.put_bytes(b"two", "name") is True

@@ -85,6 +85,32 @@ def test_later_runs_are_held_against_the_champion(make_story, fine_tune):
     assert (after.run, after.iteration, after.previous) == ("run-3", 2, before.manifest)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_champion_that_was_moved_meanwhile_is_not_overwritten(make_story, fine_tune, monkeypatch, first, tmp_path):
+    """Two runs are judged at once: the slower changes nothing, and is judged against the quicker when repeated."""
+    begun = make_story(run="run-0")
+    history = fine_tune(begun, [WRONG, HALF])[1]
+    if not first:
+        publish(begun, *fine_tune(make_story(run="run-1"), [WRONG, HALF]))
+    quick, slow = (make_story(run=run) for run in ("quick", "slow"))
+    quicks, slows = (fine_tune(story, [ALL], first=2, history=history) for story in (quick, slow))
+    outcome = stage._outcome
+
+    def overtaken(*arguments):
+        decided = outcome(*arguments)
+        monkeypatch.setattr(stage, "_outcome", outcome)
+        publish(quick, *quicks)
+        return decided
+
+    monkeypatch.setattr(stage, "_outcome", overtaken)
+    target = tmp_path / "model"
+    with pytest.raises(StageError, match="another run moved the champion of sums"):
+        publish(slow, *slows, export_dir=str(target))
+    assert champion.read(slow.store, "sums").run == "quick" and not target.exists()
+    decision, _ = publish(slow, *slows, export_dir=str(target))
+    assert (decision["accepted"], decision["rival"]["run"]) == (False, "quick")
+
+
 def test_a_stage_that_ended_after_moving_the_pointer_repeats_its_decision(make_story, fine_tune, monkeypatch):
     story = make_story()
     policy, evaluation = fine_tune(story, [WRONG, HALF])

@@ -18,6 +18,8 @@ ROWS_PER_GROUP = 1024
 
 SPLITS = ("train", "eval")
 REWARD_PREFIX = "rewards/"
+MESSAGES = "prompt_messages"
+"""Column of prompts and completions: the chat messages a prompt was rendered from, as JSON; plain text has none."""
 
 
 def prompt_fields() -> "dict[str, pa.DataType]":
@@ -112,7 +114,7 @@ def iter_groups(table: "pa.Table") -> Iterator[tuple[int, int]]:
 
 def data_columns(table: "pa.Table", fields: Mapping[str, Any]) -> list[str]:
     """Names of the data set's own columns in a table."""
-    return [name for name in table.column_names if name not in fields]
+    return [name for name in table.column_names if name not in fields and name != MESSAGES]
 
 
 def _check_version(metadata: Mapping[bytes, bytes] | None, path: Path) -> None:

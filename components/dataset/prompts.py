@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from components.common.errors import DataError
-from components.common.records import REWARD_PREFIX, completion_fields, prompt_fields
+from components.common.records import MESSAGES, REWARD_PREFIX, completion_fields, prompt_fields
 from components.dataset.config import DatasetSettings
-from components.dataset.tokens import Prompt, render, tokenise
+from components.dataset.tokens import Prompt, messages_of, render, tokenise
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,6 +33,8 @@ class Prompts:
     num_rows: int
     dropped: Counter[str] = field(default_factory=Counter)
     """Why → how many rows were left out."""
+    messages: list[str] | None = None
+    """The chat messages each text was rendered from, as JSON; None for plain text."""
 
     def keep(self, rows: Sequence[int]) -> "Prompts":
         """These rows only."""
@@ -41,6 +43,7 @@ class Prompts:
         return Prompts(
             self.split, [self.ids[i] for i in rows], [self.texts[i] for i in rows], [self.tokens_PT[i] for i in rows],
             self.columns.take(pa.array(rows, pa.int64())), self.num_rows, self.dropped,
+            None if self.messages is None else [self.messages[i] for i in rows],
         )  # fmt: skip
 
     def drop(self, bad: Sequence[bool], reason: str) -> "Prompts":
@@ -57,9 +60,10 @@ class Prompts:
         fields = prompt_fields()
         own = [self.ids, self.texts, self.tokens_PT]
         arrays = [pa.array(values, kind) for values, kind in zip(own, fields.values(), strict=True)]
-        return pa.table(
-            [*arrays, *self.columns.columns], names=[*fields, *self.columns.column_names]
-        ).combine_chunks()  # fmt: skip
+        table = pa.table([*arrays, *self.columns.columns], names=[*fields, *self.columns.column_names])
+        if self.messages is not None:
+            table = table.append_column(MESSAGES, pa.array(self.messages, pa.string()))
+        return table.combine_chunks()
 
 
 def make_prompts(split: str, table: "pa.Table", tokenizer: Any, settings: DatasetSettings) -> Prompts:
@@ -84,7 +88,12 @@ def make_prompts(split: str, table: "pa.Table", tokenizer: Any, settings: Datase
     ids = _ids(split, table.take(chosen), kept, own.take(chosen), settings)
     texts = render(kept, tokenizer, settings)
     tokens_PT = tokenise(texts, tokenizer, rendered=settings.chat_template)
-    prompts = Prompts(split, ids, texts, tokens_PT, own.take(chosen), table.num_rows, Counter(empty=sum(empty)))
+    chats = kept if settings.chat_template else []
+    messages = [json.dumps(messages_of(prompt, settings), default=str) for prompt in chats]
+    prompts = Prompts(
+        split, ids, texts, tokens_PT, own.take(chosen), table.num_rows, Counter(empty=sum(empty)),
+        messages if settings.chat_template else None,
+    )  # fmt: skip
     if settings.id_column is None:
         first = {name: row for row, name in reversed(list(enumerate(ids)))}
         prompts = prompts.drop([first[name] != row for row, name in enumerate(ids)], "repeated")
@@ -133,7 +142,7 @@ def _own_columns(split: str, table: "pa.Table", settings: DatasetSettings) -> "p
         raise DataError(
             f"{split}: dataset.columns names {', '.join(missing)}; there are {', '.join(table.column_names)}"
         )
-    reserved = {*completion_fields(), "reward", "error", "prompts", "completions"}
+    reserved = {*completion_fields(), MESSAGES, "reward", "error", "prompts", "completions"}
     taken = [name for name in names if name in reserved or name.startswith(REWARD_PREFIX)]
     if taken:
         raise DataError(

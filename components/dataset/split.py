@@ -80,7 +80,9 @@ def hold_out(train: Prompts, count: int | None, seed: int) -> tuple[Prompts, Pro
         )
     chosen = set(_lowest(first, count, seed))
     held_out = train.keep([row for text, row in first.items() if text in chosen])
-    held_out = Prompts("eval", held_out.ids, held_out.texts, held_out.tokens_PT, held_out.columns, count)
+    held_out = Prompts(
+        "eval", held_out.ids, held_out.texts, held_out.tokens_PT, held_out.columns, count, messages=held_out.messages
+    )  # fmt: skip
     return train.drop([comparable(text) in chosen for text in train.texts], "held out"), held_out
 
 

@@ -92,7 +92,7 @@ def render(prompts_P: Sequence[Prompt], tokenizer: Any, settings: DatasetSetting
 def _render_chat(prompt: Prompt, tokenizer: Any, settings: DatasetSettings) -> str:
     from jinja2 import TemplateError
 
-    messages = _messages(prompt, settings)
+    messages = messages_of(prompt, settings)
     try:
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, **settings.chat_template_arguments
@@ -104,7 +104,8 @@ def _render_chat(prompt: Prompt, tokenizer: Any, settings: DatasetSettings) -> s
         ) from None
 
 
-def _messages(prompt: Prompt, settings: DatasetSettings) -> list[dict[str, Any]]:
+def messages_of(prompt: Prompt, settings: DatasetSettings) -> list[dict[str, Any]]:
+    """The chat messages a prompt stands for, with the system prompt and the template around its question."""
     if isinstance(prompt, str):
         messages = [{"role": "user", "content": _around(prompt, settings)}]
     else:

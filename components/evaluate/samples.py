@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.common.errors import SettingsError
-from components.common.records import REWARD_PREFIX, completion_fields, iter_groups
+from components.common.records import MESSAGES, REWARD_PREFIX, completion_fields, iter_groups
 from components.common.scored import completion_files, function_columns, read_scored, rewards_file
 from components.evaluate.answers import extract_answer
 from components.evaluate.metrics import Samples
@@ -20,7 +20,7 @@ from components.evaluate.metrics import Samples
 if TYPE_CHECKING:
     import pyarrow as pa
 
-UNREAD = {"logprobs", "prompt_ids"}
+UNREAD = {"logprobs", "prompt_ids", MESSAGES}
 """Columns nobody here looks at, and the largest."""
 ADVANTAGE_EPSILON = 1e-4
 """Added to the standard deviation of a group, as TRL does."""

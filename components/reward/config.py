@@ -27,7 +27,8 @@ class RewardFunction(Settings):
     columns: dict[str, str] = {}
     """Parameter of the function → column of the data set, where the two differ: `{answer = "solution"}`."""
     messages: bool = False
-    """Give prompts and completions as lists of chat messages, as TRL does for conversational data sets."""
+    """Give prompts and completions as lists of chat messages, as TRL does for conversational data sets: the prompt's
+    messages before the chat template rendered them, the completion as one of the assistant's."""
     label: str | None = Field(default=None, pattern=LABEL_PATTERN)
     """Name in metrics and tables, `rewards/<label>`; the function's own name when absent."""
     source: str | None = None

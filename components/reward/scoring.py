@@ -3,6 +3,7 @@
 # N completions, F reward functions
 """
 
+import json
 import os
 import threading
 import time
@@ -11,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from components.common.records import completion_fields, data_columns, iter_groups
+from components.common.records import MESSAGES, completion_fields, data_columns, iter_groups
 from components.reward.config import RewardFunction
 from components.reward.crew import Crew
 from components.reward.process import WorkerLost
+from components.reward.resolve import FROM_RECORDS
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -81,7 +83,7 @@ def make_batches(table: "pa.Table", size: int) -> Iterator[tuple[int, int]]:
 
 def _score_batch(crew: Crew, function: RewardFunction, rows: "pa.Table") -> tuple[list[float | None], dict[int, str]]:
     """One function over one batch; if its worker is lost, over each completion alone."""
-    inputs = rows.select([]) if rows.num_rows == 0 else _inputs(rows, crew.parameters[function.title])
+    inputs = rows.select([]) if rows.num_rows == 0 else _inputs(rows, crew.parameters[function.title], function)
     settings = crew.settings
     try:
         return _ask(crew, function, inputs, settings.batch_timeout_seconds)
@@ -109,10 +111,23 @@ def _ask(
     return [crew.settings.error_score if row in errors else value for row, value in enumerate(values)], errors
 
 
-def _inputs(rows: "pa.Table", parameters: dict[str, str]) -> "pa.Table":
+def _inputs(rows: "pa.Table", parameters: dict[str, str], function: RewardFunction) -> "pa.Table":
     import pyarrow as pa
 
-    return pa.table({name: rows.column(column) for name, column in parameters.items()})
+    inputs = {name: rows.column(column) for name, column in parameters.items()}
+    if function.messages and parameters.get("prompts") == FROM_RECORDS["prompts"]:
+        inputs["prompts"] = _messages(rows)
+    return pa.table(inputs)
+
+
+def _messages(rows: "pa.Table") -> "pa.ChunkedArray | pa.Array":
+    """The prompts as chat messages in JSON: those they were rendered from, or the plain text as a user's."""
+    import pyarrow as pa
+
+    if MESSAGES in rows.column_names:
+        return rows.column(MESSAGES)
+    texts = rows.column(FROM_RECORDS["prompts"]).to_pylist()
+    return pa.array([json.dumps([{"role": "user", "content": text}]) for text in texts], pa.string())
 
 
 def _encoded(table: "pa.Table") -> bytes:

@@ -112,10 +112,13 @@ def _rows(batch: bytes) -> Rows:
 
 
 def _as_messages(rows: Rows) -> Rows:
-    """Texts as TRL hands them over for conversational data sets."""
-    roles = {"prompts": "user", "completions": "assistant"}
-    texts = {name: role for name, role in roles.items() if name in rows}
-    return rows | {name: [[{"role": role, "content": text}] for text in rows[name]] for name, role in texts.items()}
+    """Prompts, which come as JSON, and completions as TRL hands them over for conversational data sets."""
+    found = dict(rows)
+    if "prompts" in rows:
+        found["prompts"] = [json.loads(text) for text in rows["prompts"]]
+    if "completions" in rows:
+        found["completions"] = [[{"role": "assistant", "content": text}] for text in rows["completions"]]
+    return found
 
 
 if __name__ == "__main__":

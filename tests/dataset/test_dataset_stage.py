@@ -1,5 +1,7 @@
 """The dataset stage end to end: rows in, prompts out."""
 
+import json
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -45,6 +47,28 @@ def test_a_chat_template_renders_system_prompt_and_question(case, tokenizer_fold
     assert row["prompt"] == f"<system>add<user>what is {question}<a>"
     assert question in {row["prompt"] for row in SUMS}
     assert row["prompt_ids"] == ids_of(row["prompt"])
+
+
+def test_the_messages_behind_a_rendered_prompt_travel_with_it(case, tokenizer_folder, write_rows):
+    chat = [
+        {"role": "user", "content": "1+1="},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "?"},
+    ]
+    rows = [{"prompt": chat}, *({"prompt": [{"role": "user", "content": f"{n}+2="}]} for n in range(3))]
+    case.run(
+        case.policy(tokenizer_folder), source=write_rows(rows), num_eval=1, chat_template=True, system_prompt="add",
+        prompt_template="do {prompt}",
+    )  # fmt: skip
+    found = [row for split in ("train", "eval") for row in case.table(split).to_pylist()]
+    messages = sorted((json.loads(row["prompt_messages"]) for row in found), key=len)
+    system = {"role": "system", "content": "add"}
+    assert messages[-1] == [system, *chat[:2], {"role": "user", "content": "do ?"}]
+    assert sorted(one[1]["content"] for one in messages[:-1]) == ["do 0+2=", "do 1+2=", "do 2+2="]
+    for row in found:
+        told = "".join(f"<{one['role']}>{one['content']}" for one in json.loads(row["prompt_messages"]))
+        assert row["prompt"] == told + "<a>"
+    assert case.manifest.metadata["columns"] == []
 
 
 def test_prompts_may_be_chat_messages(case, tokenizer_folder, write_rows):

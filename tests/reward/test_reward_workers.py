@@ -1,5 +1,6 @@
 """Reward functions that misbehave: each costs the completion it misbehaves on, is counted, and stops nothing."""
 
+import json
 import math
 import os
 import signal
@@ -315,6 +316,30 @@ def test_trls_own_reward_functions_take_messages(case, rows_of):
         functions=[{"name": "trl.rewards.format_rewards:think_format_reward", "messages": True}], memory_gb=64,
     )  # fmt: skip
     assert [row["reward"] for row in rows] == [1, 0]
+
+
+CONVERSATION = [{"role": "system", "content": "add"}, {"role": "user", "content": "2+2="}]
+
+
+@pytest.mark.parametrize(
+    ("kept", "messages"),
+    [
+        ({"prompt_messages": json.dumps(CONVERSATION)}, CONVERSATION),
+        ({}, [{"role": "user", "content": "prompt of p"}]),
+    ],
+)
+def test_messages_are_those_the_prompt_was_rendered_from(kept, messages, case, rows_of):
+    name = case.write(
+        f"WANT = {messages!r}\n"
+        "def f(prompts, completions, **columns):\n"
+        "    assert prompts == [WANT] * 2 and sorted(columns) == ['answer', 'completion_ids'], (prompts, columns)\n"
+        "    return [float(message['content']) for (message,) in completions]\n"
+        "def plain(prompts):\n"
+        "    return [float(prompt == 'prompt of p') for prompt in prompts]\n"
+    )
+    functions = [{"name": f"{name}:f", "messages": True}, {"name": f"{name}:plain"}]
+    rows = case.score(rows_of("p", ["3", "4"], **kept), functions=functions)
+    assert [(row["reward"], row["error"]) for row in rows] == [(4, None), (5, None)]
 
 
 def test_columns_and_arguments_reach_the_function(case, rows_of):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from components.common.kube import TRAIN_JOBS, ClusterError, call, status_of
+from components.common.kube import TRAIN_JOBS, WORKFLOWS, ClusterError, call, status_of
 from pipeline.connection import KUBEFLOW
 from pipeline.doctor import Finding
 from pipeline.following import Pods
@@ -11,13 +11,24 @@ from pipeline.resources import STAGES, ClusterSettings, StageResources, Tolerati
 from pipeline.settings import PipelineSettings
 
 SERVER = "ml-pipeline"
-RIGHTS = (
+Right = tuple[str, str, str, str | None]
+RIGHTS: tuple[Right, ...] = (
     ("list", "", "pods", None),
     ("get", "", "pods", "log"),
     ("list", TRAIN_JOBS["group"], "trainjobs", None),
     ("delete", TRAIN_JOBS["group"], "trainjobs", None),
 )
 """What `grpo logs` and `grpo cancel` do: verb, group, resource, part of it."""
+ACCOUNT_RIGHTS: tuple[Right, ...] = (
+    ("create", TRAIN_JOBS["group"], "trainjobs", None),
+    ("get", TRAIN_JOBS["group"], "trainjobs", None),
+    ("delete", TRAIN_JOBS["group"], "trainjobs", None),
+    ("get", WORKFLOWS["group"], "workflows", None),
+    ("list", "", "pods", None),
+    ("get", "", "pods", "log"),
+    ("list", "", "events", None),
+)
+"""What an update on several nodes does, as the run's service account."""
 
 
 def examine_cluster(settings: PipelineSettings | None, namespace: str) -> Iterator[Finding]:
@@ -39,7 +50,9 @@ def examine_cluster(settings: PipelineSettings | None, namespace: str) -> Iterat
     nodes = settings.update.nodes if settings else 1
     cluster = settings.cluster if settings else ClusterSettings()
     yield version()
-    yield from rights(namespace)
+    yield from rights(namespace, nodes)
+    if nodes > 1:
+        yield account_rights(namespace, cluster)
     yield from definitions(nodes, cluster.queue)
     yield from named_objects(core, namespace, cluster, nodes)
     if settings:
@@ -91,25 +104,74 @@ def version() -> Finding:
                    f"pip install 'kfp=={server}'")  # fmt: skip
 
 
-def rights(namespace: str) -> Iterator[Finding]:
+def rights(namespace: str, nodes: int) -> Iterator[Finding]:
     """What this account may do, asked of the API server itself."""
     from kubernetes import client
 
     api = client.AuthorizationV1Api()
-    for verb, group, resource, part in RIGHTS:
-        attributes = client.V1ResourceAttributes(
-            namespace=namespace, verb=verb, group=group, resource=resource, subresource=part
-        )
+    for right in RIGHTS:
         review = client.V1SelfSubjectAccessReview(
-            spec=client.V1SelfSubjectAccessReviewSpec(resource_attributes=attributes)
+            spec=client.V1SelfSubjectAccessReviewSpec(resource_attributes=_attributes(namespace, right))
         )
-        name = f"{verb} {resource}" + (f"/{part}" if part else "")
+        name, needed = _described(right), nodes > 1 or right[2] != "trainjobs"
         answer = call("ask for a right", lambda review=review: api.create_self_subject_access_review(review))
         if answer.status.allowed:
             yield Finding("ok", f"right to {name}")
         else:
             command = f"kubectl create rolebinding grpo-users -n {namespace} --clusterrole=edit --user=..."
-            yield Finding("failure", f"right to {name}", "denied", command)
+            yield Finding("failure" if needed else "warning", f"right to {name}", "denied", command)
+
+
+def _attributes(namespace: str, right: Right) -> Any:
+    from kubernetes import client
+
+    verb, group, resource, part = right
+    return client.V1ResourceAttributes(namespace=namespace, verb=verb, group=group, resource=resource, subresource=part)
+
+
+def _described(right: Right) -> str:
+    verb, _, resource, part = right
+    return f"{verb} {resource}" + (f"/{part}" if part else "")
+
+
+def account_of(namespace: str, cluster: ClusterSettings) -> str:
+    """The service account that the stages run as."""
+    return cluster.service_account or ("pipeline-runner" if namespace == KUBEFLOW else "default-editor")
+
+
+def account_rights(namespace: str, cluster: ClusterSettings) -> Finding:
+    """What the run's service account may do: asked of the API server, else read off the binding that grants it."""
+    from kubernetes import client
+
+    account, api = account_of(namespace, cluster), client.AuthorizationV1Api()
+    what, mend = f"rights of service account {account}", apply(namespace, cluster)
+    denied = []
+    for right in ACCOUNT_RIGHTS:
+        spec = client.V1SubjectAccessReviewSpec(
+            user=f"system:serviceaccount:{namespace}:{account}", resource_attributes=_attributes(namespace, right)
+        )
+        review = client.V1LocalSubjectAccessReview(metadata={"namespace": namespace}, spec=spec)
+        ask = lambda review=review: api.create_namespaced_local_subject_access_review(namespace, review)  # noqa: E731
+        answer = read(what, ask)
+        if answer is None or isinstance(answer, Finding):  # only some accounts may ask about others
+            return _binding(namespace, account, what, mend)
+        if not answer.status.allowed:
+            denied.append(_described(right))
+    if denied:
+        return Finding("failure", what, f"may not {', '.join(denied)}", mend)
+    return Finding("ok", what)
+
+
+def _binding(namespace: str, account: str, what: str, mend: str) -> Finding:
+    from kubernetes import client
+
+    api = client.RbacAuthorizationV1Api()
+    found = read("role binding grpo-stages", lambda: api.read_namespaced_role_binding("grpo-stages", namespace))
+    if isinstance(found, Finding):
+        return Finding("warning", what, "this account may not look")
+    if found is None or account not in [subject.name for subject in found.subjects or []]:
+        return Finding("failure", what, "the role binding grpo-stages does not name it", mend)
+    return Finding("ok", what, "bound to the role grpo-stages")
 
 
 def definitions(nodes: int, queue: str | None) -> Iterator[Finding]:
@@ -133,8 +195,7 @@ def named_objects(core: Any, namespace: str, cluster: ClusterSettings, nodes: in
     from kubernetes import client
 
     mend = apply(namespace, cluster)
-    account = cluster.service_account or ("pipeline-runner" if namespace == KUBEFLOW else "default-editor")
-    accounts = [account, "grpo-janitor", *(["grpo-trainjob"] if nodes > 1 else [])]
+    accounts = [account_of(namespace, cluster), "grpo-janitor", *(["grpo-trainjob"] if nodes > 1 else [])]
     for name in accounts:
         request = lambda name=name: core.read_namespaced_service_account(name, namespace)  # noqa: E731
         yield _presence(read(f"service account {name}", request), f"service account {name}", mend)
@@ -199,21 +260,38 @@ def _accepts(toleration: Toleration, taint: Any) -> bool:
 
 
 def quotas(core: Any, namespace: str, settings: PipelineSettings) -> Iterator[Finding]:
-    """Whether the namespace's quotas leave room for the run's largest demand of GPUs."""
+    """Whether the namespace's quotas leave room for what a run takes at its widest."""
     listed = read("quotas", lambda: core.list_namespaced_resource_quota(namespace))
     if listed is None or isinstance(listed, Finding):
         yield listed or Finding("ok", "quotas", "none")
         return
-    cluster = settings.cluster
-    sampling, training = cluster.rollout.gpus * settings.shards, cluster.update.gpus * settings.update.nodes
-    wanted = sampling + training if settings.staleness else max(sampling, training)
+    wanted = demand(settings)
     for item in listed.items:
-        for resource in {cluster.rollout.gpu_resource, cluster.update.gpu_resource}:
-            hard = (item.status.hard or {}).get(f"requests.{resource}")
-            if hard is None:
+        for resource, hard in sorted((item.status.hard or {}).items()):
+            if resource not in wanted:
                 continue
-            left = quantity(hard) - quantity((item.status.used or {}).get(f"requests.{resource}", "0"))
-            enough = left >= wanted
-            yield Finding("ok" if enough else "failure", f"quota {item.metadata.name}",
-                          f"{left:.0f} of {hard} {resource} are left, a run takes {wanted}",
-                          "" if enough else "wait for other runs, or raise k8s/base/runs/quota.yaml")  # fmt: skip
+            left = quantity(hard) - quantity((item.status.used or {}).get(resource, "0"))
+            enough, takes = left >= wanted[resource], _shown(wanted[resource])
+            yield Finding("ok" if enough else "failure", f"quota {item.metadata.name}, {resource}",
+                          f"{_shown(left)} of {hard} are left, a run takes {takes}",
+                          "" if enough else "wait for other runs, or raise the quota: docs/operations.md")  # fmt: skip
+
+
+def _shown(amount: float) -> str:
+    return f"{amount / 2**30:.0f}Gi" if amount >= 2**30 else f"{amount:g}"
+
+
+def demand(settings: PipelineSettings) -> dict[str, float]:
+    """What a run takes of a quota's resources while its rollouts or its update go on, whichever is more; both with
+    staleness 1. Kubeflow's own containers, which ask for little, are not counted, their pods are."""
+    cluster, nodes = settings.cluster, settings.update.nodes
+
+    def widest(amount: Callable[[StageResources], float]) -> float:
+        sampling, training = amount(cluster.rollout) * settings.shards, amount(cluster.update) * nodes
+        return sampling + training if settings.staleness else max(sampling, training)
+
+    cpu, memory = widest(lambda pod: quantity(pod.cpu)), widest(lambda pod: quantity(pod.memory))
+    names = {"cpu": cpu, "requests.cpu": cpu, "memory": memory, "requests.memory": memory, "limits.memory": memory}
+    gpus = {pod.gpu_resource for pod in (cluster.rollout, cluster.update)}
+    names |= {f"requests.{name}": widest(lambda pod, name=name: pod.gpus * (pod.gpu_resource == name)) for name in gpus}
+    return names | {"pods": widest(lambda _: 2)}  # a task is a driver and a stage

@@ -342,6 +342,15 @@ def _object(cluster, _query, _body, *path):
     return cluster.objects.get("/".join(path), ({"message": f"no {path}"}, 404))
 
 
+def _account_may(cluster, _query, body, namespace):
+    """The same of a service account: (account, verb, resource)."""
+    review = json.loads(body)
+    asked = review["spec"]["resourceAttributes"]
+    resource = "/".join(part for part in (asked["resource"], asked.get("subresource")) if part)
+    account = review["spec"]["user"].removeprefix(f"system:serviceaccount:{namespace}:")
+    return review | {"status": {"allowed": (account, asked["verb"], resource) not in cluster.denied}}
+
+
 JOBS = r"/apis/trainer\.kubeflow\.org/v1alpha1/namespaces/([^/]+)/trainjobs"
 ROUTES = [
     ("GET", f"{KFP}/healthz", lambda *_: {"multi_user": False}),
@@ -368,6 +377,7 @@ ROUTES = [
     ("GET", r"/apis/argoproj\.io/v1alpha1/namespaces/([^/]+)/workflows/([^/]+)", _get_workflow),
     ("GET", r"/api/v1/namespaces/([^/]+)/events", _list_events),
     ("POST", r"/apis/authorization\.k8s\.io/v1/selfsubjectaccessreviews", _may),
+    ("POST", r"/apis/authorization\.k8s\.io/v1/namespaces/([^/]+)/localsubjectaccessreviews", _account_may),
     ("GET", r"/(?:api/v1|apis/[^/]+/v[^/]+)/(?:namespaces/[^/]+/)?([^/]+)", _object),
     ("GET", r"/(?:api/v1|apis/[^/]+/v[^/]+)/(?:namespaces/[^/]+/)?([^/]+)/([^/]+)", _object),
 ]

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -86,7 +87,10 @@ def test_a_good_cluster_has_nothing_to_mend(cluster, no_bucket):
     found = findings(cluster, settings())
     assert {item.state for item in found.values()} == {"ok"}, [item.line() for item in found.values()]
     assert found["nodes for update"].detail == "1 with up to 8 nvidia.com/gpu"
-    assert "12 of 16" in found["quota grpo-gpus"].detail and found["Kubeflow's version"].detail == "2.17.0"
+    assert (
+        "12 of 16" in found["quota grpo-gpus, requests.nvidia.com/gpu"].detail
+        and found["Kubeflow's version"].detail == "2.17.0"
+    )
     assert {"right to list pods", "right to get pods/log", "right to delete trainjobs"} <= found.keys()
 
 
@@ -128,7 +132,9 @@ def test_denied_rights_and_what_may_not_be_looked_at(cluster, no_bucket):
     cluster.denied = {("delete", "trainjobs"), ("get", "pods/log")}
     cluster.faults["/secrets/"] = [403]
     found = findings(cluster, settings())
-    assert found["right to delete trainjobs"].state == found["right to get pods/log"].state == "failure"
+    assert found["right to delete trainjobs"].state == "warning"  # an update on one node has none
+    assert findings(cluster, settings(nodes=2))["right to delete trainjobs"].state == "failure"
+    assert found["right to get pods/log"].state == "failure"
     assert found["right to list pods"].state == "ok"
     assert found["secret grpo-object-storage"].state == "warning"
 
@@ -148,8 +154,61 @@ def test_pools_that_a_stage_does_not_fit_on(cluster, no_bucket, nodes, state, wo
 
 
 def test_a_used_up_quota(cluster, no_bucket):
-    found = findings(cluster, settings(nodes=2))["quota grpo-gpus"]
+    found = findings(cluster, settings(nodes=2))["quota grpo-gpus, requests.nvidia.com/gpu"]
     assert found.state == "failure" and "12 of 16" in found.detail and "takes 16" in found.detail
+
+
+@pytest.mark.parametrize(
+    ("hard", "used", "state", "words"),
+    [
+        ({"requests.cpu": "20"}, {"requests.cpu": "500m"}, "ok", "19.5 of 20 are left, a run takes 16"),
+        ({"requests.cpu": "20"}, {"requests.cpu": "5"}, "failure", "15 of 20 are left, a run takes 16"),
+        ({"limits.memory": "1Ti"}, {"limits.memory": "900Gi"}, "failure", "124Gi of 1Ti are left, a run takes 128Gi"),
+        ({"pods": "10"}, {"pods": "7"}, "failure", "3 of 10 are left, a run takes 4"),
+    ],
+)
+def test_quotas_of_other_resources(cluster, no_bucket, hard, used, state, words):
+    """Two nodes of 8 CPUs and 64Gi, the defaults of a GPU stage."""
+    cluster.objects["resourcequotas"] = {"items": [{"metadata": {"name": "q"}, "status": {"hard": hard, "used": used}}]}
+    found = findings(cluster, settings(nodes=2))[f"quota q, {next(iter(hard))}"]
+    assert found.state == state and words in found.detail
+
+
+def test_the_rights_of_the_runs_account_are_asked_for(cluster, no_bucket):
+    what = "rights of service account pipeline-runner"
+    assert what not in findings(cluster, settings())
+    assert findings(cluster, settings(nodes=2))[what].state == "ok"
+    cluster.denied = {("pipeline-runner", "create", "trainjobs"), ("pipeline-runner", "get", "pods/log")}
+    found = findings(cluster, settings(nodes=2))[what]
+    assert found.state == "failure" and found.detail == "may not create trainjobs, get pods/log"
+    assert found.mend == "kubectl apply -k k8s/overlays/standalone"
+
+
+@pytest.mark.parametrize(
+    ("subjects", "state"), [(["pipeline-runner", "default-editor"], "ok"), (["other"], "failure"), (None, "failure")]
+)
+def test_where_they_may_not_be_asked_for_the_binding_is_read(cluster, no_bucket, subjects, state):
+    cluster.faults["/localsubjectaccessreviews"] = [403]
+    if subjects:
+        cluster.objects["rolebindings/grpo-stages"] = {
+            "roleRef": {"apiGroup": "x", "kind": "Role", "name": "grpo-stages"},
+            "subjects": [{"kind": "ServiceAccount", "name": name} for name in subjects],
+        }
+    assert findings(cluster, settings(nodes=2))["rights of service account pipeline-runner"].state == state
+
+
+def test_the_rights_the_doctor_asks_for_are_those_the_role_grants():
+    documents = yaml.safe_load_all((Path(__file__).parents[2] / "k8s/base/runs/rbac.yaml").read_text())
+    (role,) = [found for found in documents if found["kind"] == "Role" and found["metadata"]["name"] == "grpo-stages"]
+    granted = {
+        (verb, group, resource)
+        for rule in role["rules"]
+        for verb in rule["verbs"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+    }
+    asked = {(v, g, r + (f"/{part}" if part else "")) for v, g, r, part in doctor_cluster.ACCOUNT_RIGHTS}
+    assert asked == granted
 
 
 def test_another_version_of_kubeflow(cluster, no_bucket):

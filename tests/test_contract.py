@@ -26,19 +26,52 @@ def test_a_stage_folder_holds_the_same_files(stage):
     assert {"README.md", "__init__.py", "__main__.py", "component.py", "config.py", "stage.py"} <= names
 
 
-@pytest.mark.parametrize(("stage", "face"), [(stage, face) for stage in STAGES for face in FACES.get(stage, (stage,))])
-def test_the_component_has_the_signature_of_run(stage, face):
-    component = getattr(import_module(f"components.{stage}.component"), face)
+ARTIFACTS = {f"system.{kind}@0.0.1" for kind in ("Artifact", "HTML", "Markdown")}
+KINDS = {
+    str: {"String"}, int: {"Integer"}, float: {"Float"}, bool: {"Boolean"}, list: {"List"}, dict: {"Dict"},
+    Path: ARTIFACTS, list[Path]: ARTIFACTS,
+}  # fmt: skip
+"""Type of a parameter of `run` → its types in Kubeflow: a manifest travels as an artifact."""
+BY_FILE = {("rollout", "settings"): ARTIFACTS}
+"""Text that may be long comes as a file of it: `run` takes either."""
+
+
+def wanted_parameters(stage):
+    """Parameters of a stage's `run` as its component must have them: name → Kubeflow's types, default."""
     run = import_module(f"components.{stage}.stage").run
-    spec = component.component_spec
-    names = {*(spec.inputs or {}), *(spec.outputs or {})}
-    wanted = set(inspect.signature(run).parameters)
-    if stage == "configure":  # its `parameters` are spread over one input a setting
+    parameters = dict(inspect.signature(run).parameters)
+    wanted = {name: (KINDS[part.annotation], part.default) for name, part in parameters.items()}
+    wanted |= {name: (kinds, wanted[name][1]) for (of, name), kinds in BY_FILE.items() if of == stage}
+    if stage == "configure":  # its `parameters` are spread over one input a setting, settings texts are outputs
         from components.configure.config import RunSettings
         from components.configure.form import form_fields
 
-        wanted = wanted - {"parameters"} | {field.name for field in form_fields(RunSettings)}
-    assert names - {"metrics", "Output"} == wanted  # what only Kubeflow sees is extra
+        del wanted["parameters"]
+        texts = {name for name in wanted if name.endswith("_settings")}
+        wanted |= {name: (ARTIFACTS | {"String"}, wanted[name][1]) for name in texts}
+        wanted |= {field.name: (KINDS[field.kind], inspect.Parameter.empty) for field in form_fields(RunSettings)}
+    return wanted
+
+
+@pytest.mark.parametrize(("stage", "face"), [(stage, face) for stage in STAGES for face in FACES.get(stage, (stage,))])
+def test_the_component_has_the_signature_of_run(stage, face):
+    spec = getattr(import_module(f"components.{stage}.component"), face).component_spec
+    inputs, outputs = spec.inputs or {}, spec.outputs or {}
+    wanted = wanted_parameters(stage)
+    assert {*inputs, *outputs} - {"metrics", "Output"} == set(wanted)  # what only Kubeflow sees is extra
+    for name, (kinds, default) in wanted.items():
+        assert (inputs | outputs)[name].type in kinds, name
+        if name in inputs:
+            without = default is inspect.Parameter.empty
+            assert (inputs[name].optional, inputs[name].default) == (not without, None if without else default), name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_run_gives_back_is_the_components_output(stage):
+    given = inspect.signature(import_module(f"components.{stage}.stage").run).return_annotation
+    found = getattr(import_module(f"components.{stage}.component"), stage).component_spec.outputs.get("Output")
+    assert (given is None) == (found is None)
+    assert given is None or found.type in KINDS[given]
 
 
 @pytest.mark.parametrize("stage", STAGES)

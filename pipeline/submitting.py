@@ -254,17 +254,19 @@ def resumed(client: Any, fine_tune: str, store_endpoint: str | None = None) -> P
 
 
 def _updates(client: Any, run: Any, settings: PipelineSettings, store_endpoint: str | None) -> int | None:
-    """Updates that a run has done, by its policies, or by its tasks where the store is out of reach; None: it never
-    began."""
+    """Updates that a run has done, by its policies, or by its tasks where the store cannot be read from here; None: it
+    never began."""
+    from components.common.errors import StoreError
     from components.configure.start import policy_iterations
     from pipeline.following import tasks_of
-    from pipeline.reaching import OutOfReach, open_from_here
+    from pipeline.reaching import open_from_here
 
     try:
-        store = open_from_here(settings.store, store_endpoint)
-    except OutOfReach:
+        policies = policy_iterations(
+            open_from_here(settings.store, store_endpoint), settings.fine_tune, name_in_store(run)
+        )
+    except StoreError:
         tasks = tasks_of(call("read the run", client.get_run, run.run_id))
         ended = [task.stage for task in tasks if task.state == "SUCCEEDED"]
         return ended.count("update") if "configure" in ended else None
-    policies = policy_iterations(store, settings.fine_tune, name_in_store(run))
     return max(policies) - min(policies) if policies else None

@@ -1,14 +1,15 @@
 """What leaving the critic out saves: GRPO against PPO with a critic of the policy's size.
 
     python benchmarks/grpo_vs_ppo.py cost [--model small] [--sequences 16] [--longest 240] [--tokens 2048]
-    python benchmarks/grpo_vs_ppo.py learn [--seeds 0 1] [--iterations 8] [--value-learning-rate 1e-3]
+    python benchmarks/grpo_vs_ppo.py learn [--seeds 0 1 2] [--iterations 8] [--value-learning-rate 1e-3]
 
 `cost`: one iteration's update (everything from the scored batch to the stepped weights: PPO's pass for old
-log-probabilities and values included) on the same completions, each algorithm in a process of its own; seconds, CPU
-seconds and peak memory. The claim in the field is about half the memory and 30 % of the time.
-`learn`: the arithmetic recipe with both algorithms from the same model: same prompts, group size and number of sampled
-tokens, so pass@1 an iteration is at an equal number of tokens. GRPO's settings are the recipe's; PPO has them too, and
-a critic's learning rate of its own.
+log-probabilities and values included) on the same completions, each algorithm in a process of its own; median seconds
+and CPU seconds, peak memory. The claim in the field is about half the memory and 30 % of the time.
+`learn`: the arithmetic recipe with both algorithms from the same model, same prompts and group size; pass@1 after each
+update beside the tokens sampled until then, and for both at the number of tokens that the one which sampled fewer came
+to (a straight line between evaluations). GRPO's settings are the recipe's; PPO has them too, and a critic's learning
+rate of its own.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import update_vs_trl as shared
@@ -61,7 +63,7 @@ def cost(arguments: argparse.Namespace) -> None:
             command = [sys.executable, __file__, *sys.argv[1:], "--side", algorithm, "--folder", name]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found = json.loads(done.stdout.splitlines()[-1])
-            wall, cpu = (statistics.mean(column) for column in zip(*found["seconds"], strict=True))
+            wall, cpu = (statistics.median(column) for column in zip(*found["seconds"], strict=True))
             results[algorithm] = wall, cpu, found["bytes"]
             print(f"{algorithm}: {wall:.2f} s ({cpu:.2f} CPU-s), peak {found['bytes'] / 2**30:.2f} GiB", flush=True)
     wall, cpu, memory = (1 - ours / theirs for ours, theirs in zip(*results.values(), strict=True))
@@ -69,7 +71,7 @@ def cost(arguments: argparse.Namespace) -> None:
 
 
 def learn(arguments: argparse.Namespace) -> None:
-    """Prints pass@1 of both algorithms after each iteration of the arithmetic recipe."""
+    """Prints pass@1 of both algorithms by tokens sampled, and both at an equal number of tokens, a line a seed."""
     recipe = ROOT / "recipes" / "arithmetic"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as name:
@@ -79,15 +81,28 @@ def learn(arguments: argparse.Namespace) -> None:
             prepare = [sys.executable, str(recipe / "prepare.py"), "--seed", str(seed), "--folder", f"{build}/build"]
             subprocess.run(prepare, check=True, env=environment, stdout=subprocess.DEVNULL)
             (build / "settings.toml").write_text((recipe / "settings.toml").read_text())
+            curves = {}
             for algorithm in arguments.algorithms:
-                scores = fine_tune(build, algorithm, seed, arguments, environment)
-                print(f"seed {seed}  {algorithm}: " + "  ".join(f"{score:.1%}" for score in scores), flush=True)
+                curves[algorithm] = fine_tune(build, algorithm, seed, arguments, environment)
+                points = "  ".join(f"{tokens / 1e3:.0f}k {score:.1%}" for tokens, score in curves[algorithm])
+                print(f"seed {seed}  {algorithm}: {points}", flush=True)
+            tokens = min(curve[-1][0] for curve in curves.values())
+            at_equal = ", ".join(f"{name} {score_at(curve, tokens):.1%}" for name, curve in curves.items())
+            print(f"seed {seed}  after {tokens / 1e3:.0f}k sampled tokens: {at_equal}", flush=True)
+
+
+def score_at(curve: list[tuple[float, float]], tokens: float) -> float:
+    """pass@1 at a number of sampled tokens, on the straight line between two evaluations."""
+    for (before, low), (after, high) in pairwise(curve):
+        if before <= tokens <= after:
+            return low + (high - low) * (tokens - before) / (after - before)
+    return curve[-1][1]
 
 
 def fine_tune(
     folder: Path, algorithm: str, seed: int, arguments: argparse.Namespace, environment: dict[str, str]
-) -> list[float]:
-    """pass@1 on the held-out prompts before and after each update of one run of the pipeline."""
+) -> list[tuple[float, float]]:
+    """(tokens sampled for training until then, held-out pass@1) before and after each update of one run."""
     settings = {"fine_tune": algorithm, "seed": seed, "iterations": arguments.iterations, "update.algorithm": algorithm}
     if algorithm == "ppo":
         settings |= {"update.ppo.value_learning_rate": arguments.value_learning_rate}
@@ -95,8 +110,18 @@ def fine_tune(
     command = [sys.executable, "-m", "pipeline.cli", "run", "settings.toml"]
     command += [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     subprocess.run(command, check=True, env=environment, cwd=folder, stdout=subprocess.DEVNULL)
-    evaluations = sorted(folder.glob(f"runs/store/manifests/{algorithm}/run-*/[0-9]*/evaluation.json"))
-    return [json.loads(path.read_text())["metrics"]["eval/pass@1"] for path in evaluations]
+
+    def sums(name: str, figure: str) -> list[float]:
+        """Of each iteration, over its shards."""
+        found: dict[Path, float] = {}
+        for path in sorted(folder.glob(f"runs/store/manifests/{algorithm}/run-*/[0-9]*/{name}.json")):
+            value = json.loads(path.read_text())["metrics"].get(figure, 0.0)
+            found[path.parent] = found.get(path.parent, 0.0) + value
+        return list(found.values())
+
+    scores = sums("evaluation", "eval/pass@1")
+    sampled = [0.0, *accumulate(sums("completions-*", "rollout/num_tokens"))]
+    return list(zip(sampled[: len(scores)], scores, strict=True))
 
 
 def main() -> None:
@@ -104,13 +129,13 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     part = commands.add_parser("cost")
     part.add_argument("--model", default="small", choices=shared.MODELS)
-    part.add_argument("--steps", type=int, default=3, help="iterations; the first is not counted")
+    part.add_argument("--steps", type=int, default=6, help="iterations; the first is not counted")
     part.add_argument("--sequences", type=int, default=16)
     part.add_argument("--longest", type=int, default=240, help="longest completion, tokens")
     part.add_argument("--tokens", type=int, default=2048, help="max_tokens_per_microbatch")
     part.add_argument("--minibatches", type=int, default=1, help="optimizer steps; with 1, GRPO scores nothing twice")
     part.add_argument("--threads", type=int, default=os.cpu_count())
-    part.add_argument("--zero-stage", type=int, default=0)
+    part.add_argument("--zero-stage", type=int, help="default: 0 on a CPU, 1 on a GPU")
     part.add_argument("--checkpointing", action="store_true")
     part.add_argument("--side", choices=ALGORITHMS, help=argparse.SUPPRESS)
     part.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

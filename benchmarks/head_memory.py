@@ -2,8 +2,8 @@
 
     python benchmarks/head_memory.py [--tokens 8192] [--vocabulary 151936] [--hidden 512] [--threads 1]
 
-Each way runs in a process of its own; on a CPU the peak is the resident set's (`ru_maxrss`, less what was there
-before), on a GPU the allocator's. `plain` is the least a plain implementation needs: logits, log_softmax, gather.
+Each way runs in a process of its own; on a CPU the peak is the resident set's (less what was there before), on
+a GPU the allocator's. `plain` is the least a plain implementation needs: logits, log_softmax, gather.
 """
 
 import argparse
@@ -30,6 +30,8 @@ def measure(way: str, tokens: int, vocabulary: int, hidden: int, dtype: str) -> 
     weight_VH = torch.randn(vocabulary, hidden, **options).mul_(0.05).requires_grad_()
     targets_N = torch.randint(0, vocabulary, (tokens,), device=device)
     weights_N = torch.randn(tokens, device=device)
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     before, start = resident(device), (time.perf_counter(), time.process_time())
     if way == "plain":
         logprobs_NV = torch.log_softmax(hidden_NH @ weight_VH.t(), dim=-1)
@@ -57,14 +59,12 @@ def available_bytes() -> int:
 
 
 def resident(device: str) -> int:
-    """Highest memory use so far, bytes."""
-    if device == "cuda":
-        import torch
+    """Highest memory use so far, bytes; of this process, whatever the one that started it has held."""
+    import torch
 
-        return torch.cuda.max_memory_allocated()
-    import resource
+    from components.update.metrics import peak_memory_bytes
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_memory_bytes(torch.device(device))
 
 
 def main() -> None:

@@ -1,13 +1,13 @@
 """One update on the same completions: ours against TRL's GRPOTrainer, tokens a second and peak memory.
 
-    python benchmarks/update_vs_trl.py [--model small] [--steps 3] [--sequences 16] [--longest 480]
+    python benchmarks/update_vs_trl.py [--models tiny small] [--steps 6] [--sequences 16] [--longest 480]
 
 Same weights (random, Qwen3 shape), same prompts and completions (lengths log-normal, the longest ten times the
 shortest), same loss (`dapo`), AdamW, learning rate and clipping, one process, one optimizer step a batch, no reference
 model, no log-probabilities of an old policy on either side. Each side runs in a process of its own; TRL twice, with
 gradient checkpointing (its default) and without. Times are from the prepared batch to the end of the optimizer step;
-the first step is left out. CPU seconds are printed beside: on a machine shared with others they say more. TRL's
-micro-batch is `--rows` padded sequences, ours as many tokens as those have cells.
+the first step is left out, of the others the median counts. CPU seconds are printed beside: on a machine shared with
+others they say more. TRL's micro-batch is `--rows` padded sequences, ours as many tokens as those have cells.
 A token counts where it is real: prompt or completion, no padding.
 """
 
@@ -24,6 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from trl import GRPOConfig
+
+    from components.update.batching import Batch
     from components.update.config import UpdateSettings
     from components.update.job import Job
 
@@ -128,11 +131,14 @@ def lone_process_group() -> str:
 
 
 def update_settings(arguments: argparse.Namespace, **more):
-    """Settings of our update for these arguments."""
+    """Settings of our update for these arguments; bfloat16, which a GPU trains in, needs ZeRO 1 for float32 sums."""
+    import torch
+
     from components.update.config import UpdateSettings
 
+    zero_stage = int(torch.cuda.is_available()) if arguments.zero_stage is None else arguments.zero_stage
     return UpdateSettings(
-        learning_rate=LEARNING_RATE, max_grad_norm=CLIP_NORM, correction="none", zero_stage=arguments.zero_stage,
+        learning_rate=LEARNING_RATE, max_grad_norm=CLIP_NORM, correction="none", zero_stage=zero_stage,
         max_tokens_per_microbatch=arguments.tokens, gradient_checkpointing=arguments.checkpointing, **more,
     )  # fmt: skip
 
@@ -142,21 +148,13 @@ def measure_trl(folder: Path, arguments: argparse.Namespace) -> dict:
     import torch
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     from components.update.batching import Batch
     from components.update.metrics import peak_memory_bytes
 
     on_gpu = torch.cuda.is_available()
     batch, seconds, started = Batch.load(folder / "batch.npz"), [], []
-
-    def rows(flat, offsets):
-        return [flat[start:end].tolist() for start, end in pairwise(offsets)]
-
-    def rollout(prompts, trainer):
-        columns = {"prompt_ids": rows(batch.prompt_ids, batch.prompt_offsets)}
-        columns["completion_ids"] = rows(batch.completion_ids, batch.completion_offsets)
-        return columns | {"logprobs": [[0.0] * len(ids) for ids in columns["completion_ids"]]}
 
     class Timed(GRPOTrainer):
         def _generate_and_score_completions(self, inputs):
@@ -170,20 +168,41 @@ def measure_trl(folder: Path, arguments: argparse.Namespace) -> dict:
                 torch.cuda.synchronize()
             seconds.append(since(started[-1]))
 
-    config = GRPOConfig(
+    trainer = Timed(
+        model=str(folder / "policy"), args=trl_config(folder, arguments, on_gpu=on_gpu),
+        processing_class=AutoTokenizer.from_pretrained(folder / "policy"),
+        train_dataset=Dataset.from_dict({"prompt": ["w2"] * arguments.sequences}),
+        rollout_func=lambda prompts, trainer: trl_rows(batch),
+        reward_funcs=lambda completions, **_: batch.rewards[:, 0].tolist(), callbacks=[Stopwatch()],
+    )  # fmt: skip
+    trainer.train()
+    return {"seconds": seconds, "bytes": peak_memory_bytes(torch.device("cuda" if on_gpu else "cpu"))}
+
+
+def trl_config(folder: Path, arguments: argparse.Namespace, *, on_gpu: bool) -> "GRPOConfig":
+    """TRL's settings for the same update."""
+    from trl import GRPOConfig
+
+    return GRPOConfig(
         output_dir=str(folder / "trl"), loss_type="dapo", beta=0.0, learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant", max_grad_norm=CLIP_NORM, max_steps=arguments.steps, num_generations=GROUP_SIZE,
         per_device_train_batch_size=arguments.rows, gradient_accumulation_steps=arguments.sequences // arguments.rows,
         max_completion_length=arguments.longest, gradient_checkpointing=arguments.checkpointing, use_cpu=not on_gpu,
         bf16=on_gpu, report_to=[], save_strategy="no", logging_steps=1000, disable_tqdm=True, temperature=1.0,
     )  # fmt: skip
-    trainer = Timed(
-        model=str(folder / "policy"), args=config, processing_class=AutoTokenizer.from_pretrained(folder / "policy"),
-        train_dataset=Dataset.from_dict({"prompt": ["w2"] * arguments.sequences}), rollout_func=rollout,
-        reward_funcs=lambda completions, **_: batch.rewards[:, 0].tolist(), callbacks=[Stopwatch()],
-    )  # fmt: skip
-    trainer.train()
-    return {"seconds": seconds, "bytes": peak_memory_bytes(torch.device("cuda" if on_gpu else "cpu"))}
+
+
+def trl_rows(batch: "Batch") -> dict[str, list]:
+    """The batch as a `rollout_func` gives it."""
+
+    def rows(flat, offsets):
+        return [flat[start:end].tolist() for start, end in pairwise(offsets)]
+
+    completions = rows(batch.completion_ids, batch.completion_offsets)
+    return {
+        "prompt_ids": rows(batch.prompt_ids, batch.prompt_offsets), "completion_ids": completions,
+        "logprobs": [[0.0] * len(tokens) for tokens in completions],
+    }  # fmt: skip
 
 
 def clocks() -> tuple[float, float]:
@@ -196,7 +215,7 @@ def since(started: tuple[float, float]) -> tuple[float, float]:
 
 
 def run(side: str, folder: Path, extra: list[str]) -> dict:
-    """One side in a fresh process."""
+    """One side in a fresh process; a peak is that process's own, whatever this one has held."""
     command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--folder", str(folder), *extra]
     environment = os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
@@ -205,13 +224,13 @@ def run(side: str, folder: Path, extra: list[str]) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="small", choices=MODELS)
-    parser.add_argument("--steps", type=int, default=3, help="optimizer steps; the first is not counted")
+    parser.add_argument("--models", nargs="+", default=["tiny", "small"], choices=MODELS)
+    parser.add_argument("--steps", type=int, default=6, help="optimizer steps; the first is not counted")
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--longest", type=int, default=480, help="longest completion, tokens")
     parser.add_argument("--rows", type=int, default=8, help="TRL's per_device_train_batch_size (8 is its default)")
     parser.add_argument("--tokens", type=int, default=0, help="our max_tokens_per_microbatch; 0: the cells of TRL's")
-    parser.add_argument("--zero-stage", type=int, default=0)
+    parser.add_argument("--zero-stage", type=int, help="ours; default: 0 on a CPU, 1 on a GPU")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--side", choices=["ours", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -225,22 +244,23 @@ def main() -> None:
         measure = measure_ours if arguments.side == "ours" else measure_trl
         print(json.dumps(measure(arguments.folder, arguments)))
         return
-    with tempfile.TemporaryDirectory() as name:
-        compare(Path(name), arguments)
+    for model in arguments.models:
+        with tempfile.TemporaryDirectory() as name:
+            compare(Path(name), model, arguments)
 
 
-def compare(folder: Path, arguments: argparse.Namespace) -> None:
-    """Runs both sides and prints the figures and their ratios."""
+def compare(folder: Path, model: str, arguments: argparse.Namespace) -> None:
+    """Runs both sides on one model and prints the figures and their ratios."""
     import numpy as np
 
-    write_model(folder / "policy", arguments.model)
-    write_batch(folder / "batch.npz", arguments.model, arguments.sequences, arguments.longest)
+    write_model(folder / "policy", model)
+    write_batch(folder / "batch.npz", model, arguments.sequences, arguments.longest)
     with np.load(folder / "batch.npz") as arrays:
         prompts, completions = np.diff(arrays["prompt_offsets"]), np.diff(arrays["completion_offsets"])
     tokens = int((prompts + completions).sum())
     cells = len(prompts) * int(prompts.max() + completions.max())
     print(
-        f"{arguments.model}: {arguments.sequences} sequences, completions {completions.min()} to {completions.max()} "
+        f"{model}: {arguments.sequences} sequences, completions {completions.min()} to {completions.max()} "
         f"(mean {completions.mean():.0f}), {tokens} tokens, {cells} cells padded", flush=True,
     )  # fmt: skip
     results = {}
@@ -252,7 +272,7 @@ def compare(folder: Path, arguments: argparse.Namespace) -> None:
     ):
         found = run(side, folder, extra)
         counted = found["seconds"][1:] or found["seconds"]
-        wall, cpu = (statistics.mean(column) for column in zip(*counted, strict=True))
+        wall, cpu = (statistics.median(column) for column in zip(*counted, strict=True))
         results[label] = {"rate": tokens / wall, "cpu_rate": tokens / cpu, "bytes": found["bytes"]}
         print(
             f"{label:>33}  {tokens / wall:8.1f} tokens/s   {tokens / cpu:8.1f} tokens/CPU-s   "

@@ -15,6 +15,8 @@ HEAD_BUFFER = 192 << 20
 """Logits that exist at once (`components/update/head.py`)."""
 BUCKET_VALUES = 500_000_000
 """DeepSpeed's default `reduce_bucket_size`: gradients on their way to the other processes."""
+LIVE_VALUES = 1_000_000_000
+"""DeepSpeed's default `stage3_max_live_parameters`: weights of ZeRO 3 that are put together at once."""
 RUNTIME = 1.5 * GIB
 """CUDA context, communication buffers, cuBLAS workspaces of a process: 1 to 2 GiB as seen with torch 2."""
 
@@ -60,10 +62,12 @@ def update_parts(settings: UpdateSettings, shape: ModelShape, *, on_gpu: bool, p
     }
     if zero:
         parts["buckets"] = value * min(BUCKET_VALUES, trained)
+    if zero == 3:
+        parts["gathered"] = value * min(LIVE_VALUES, weights)
     if settings.offload_optimizer and on_gpu:
         parts["optimizer"] = 0
     if settings.offload_parameters and on_gpu:
-        parts["weights"] = value * weights / shape.layers
+        parts["weights"] = 0
     if on_gpu:
         parts["runtime"] = RUNTIME
     return parts
@@ -91,15 +95,19 @@ def loads_reference(settings: UpdateSettings) -> bool:
     return settings.beta > 0 and not (settings.lora.rank and not settings.reference_every)
 
 
-def reference_pass(settings: UpdateSettings, shape: ModelShape, *, on_gpu: bool) -> float:
-    """Bytes of one process while the reference scores the batch: all its weights, whatever the ZeRO stage, and one
-    layer's values of a micro-batch without gradients."""
+def reference_pass(settings: UpdateSettings, shape: ModelShape, *, on_gpu: bool, processes: int) -> float:
+    """Bytes of one process while the reference scores the batch: all its weights, or under ZeRO 3 its part and what is
+    put together of them, and one layer's values of a micro-batch without gradients."""
     if not loads_reference(settings):
         return 0.0
     value, tokens = _value_bytes(settings, on_gpu), _tokens(settings, on_gpu)
     inside = tokens * value * (shape.hidden + shape.layer_values)
     logits = min(tokens * shape.vocabulary * 4, HEAD_BUFFER)
-    return value * shape.parameters + inside + logits + (RUNTIME if on_gpu else 0.0)
+    values = shape.parameters
+    if settings.zero_stage == 3:
+        part = 0 if settings.offload_parameters and on_gpu else values / processes
+        values = part + min(LIVE_VALUES, values)
+    return value * values + inside + logits + (RUNTIME if on_gpu else 0.0)
 
 
 def update_processes(settings: PipelineSettings) -> int:
@@ -111,15 +119,16 @@ def update_processes(settings: PipelineSettings) -> int:
 def update_memory(settings: PipelineSettings, shape: ModelShape, available: float | None) -> Memory:
     """Of one process of the update stage on the cluster."""
     update, on_gpu = settings.update, settings.cluster.update.gpus > 0
-    parts = update_parts(update, shape, on_gpu=on_gpu, processes=update_processes(settings) * update.nodes)
-    reference = reference_pass(update, shape, on_gpu=on_gpu)
+    processes = update_processes(settings) * update.nodes
+    parts = update_parts(update, shape, on_gpu=on_gpu, processes=processes)
+    reference = reference_pass(update, shape, on_gpu=on_gpu, processes=processes)
     return Memory(parts, available, _update_advice(update, parts, reference), reference)
 
 
 def _update_advice(update: UpdateSettings, parts: dict[str, float], reference: float) -> str:
     """What helps most, by which part is the largest."""
     if reference > sum(parts.values()):
-        return "the reference model is loaded whole: set update.beta = 0, or update.lora.rank = 32, whose base is it"
+        return "the reference model is loaded whole: set update.zero_stage = 3 or update.beta = 0"
     largest = max(parts, key=lambda name: parts[name])
     if largest in ("activations", "logits"):
         if not update.gradient_checkpointing:

@@ -89,12 +89,18 @@ def save(
         (folder / INDEX).write_text(json.dumps(index))
 
 
-def load_masters(folder: Path, names: dict[Tensor, str]) -> None:
-    """Puts stored float32 weights into the parameters of a float32 model that is not divided yet."""
+def load_masters(folder: Path, names: dict[Tensor, str], *, divided: bool) -> None:
+    """Puts stored float32 weights into the parameters of a float32 model that no engine has yet.
+
+    `divided`: over the ranks (ZeRO 3); each parameter is put together for a moment.
+    """
+    import deepspeed
+
     with Pieces(folder) as pieces, torch.no_grad():
         for parameter, name in names.items():
-            whole = Fragment(name, 0, parameter.numel(), parameter.numel(), parameter, 0)
-            pieces.read(MASTER, whole, parameter.view(-1))
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=divided):
+                whole = Fragment(name, 0, parameter.numel(), parameter.numel(), parameter, 0)
+                pieces.read(MASTER, whole, parameter.view(-1))
 
 
 def restore(folder: Path, fragments: Iterable[Fragment], optimizer: torch.optim.Optimizer, masters: Masters) -> None:

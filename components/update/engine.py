@@ -100,6 +100,15 @@ def parameter_groups(model: nn.Module, settings: UpdateSettings, critic: Iterabl
     ]  # fmt: skip
 
 
+def for_reading(model: nn.Module, settings: UpdateSettings, *, dtype: str, device: torch.device) -> nn.Module:
+    """A model that does not train, on the device: under ZeRO 3 divided over the ranks, else whole on each."""
+    if settings.zero_stage != 3:
+        return model.to(device)
+    config = deepspeed_config(settings, dtype)
+    config["zero_optimization"].pop("offload_optimizer", None)  # there is none
+    return import_deepspeed().initialize(model=model, config=config, dist_init_required=False)[0]
+
+
 class Engine:
     """A model, its optimizer and DeepSpeed's division of them."""
 

@@ -1,16 +1,21 @@
 """Figures of an update, gathered over micro-batches, optimizer steps and ranks, under the names TRL's users know."""
 
+import math
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from components.update.batching import Step
+from components.update.tied import TiedEmbedding
 
 if TYPE_CHECKING:
     from components.update.engine import Engine
+    from components.update.model import ScoringModel
     from components.update.train import Trainer
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12}
@@ -79,30 +84,46 @@ class Meter:
         return sorted({name for names in gathered for name in names})
 
 
-def model_flops(num_parameters: int, num_layers: int, hidden_size: int, lengths: list[int], passes: float) -> float:
-    """Floating-point operations of a transformer over sequences; a forward pass is 1, forward and backward 3.
+def training_flops(model: "ScoringModel", lengths: Sequence[int], num_scored: int) -> float | None:
+    """Floating-point operations of one forward and backward pass over sequences; none for a mixture of experts.
 
-    2 a parameter and token, and for causal attention 2 x length^2 x hidden a layer (arXiv:2204.02311, appendix B).
+    Of each matrix element and token that meets it 2 forward, 2 for the gradient of its input, 2 for its own, which a
+    frozen one has not; the head meets the `num_scored` tokens, an embedding is looked up. Causal attention takes
+    2 x length^2 x width a layer forward and twice that backward (arXiv:2204.02311, appendix B).
     """
-    tokens, squares = sum(lengths), sum(length * length for length in lengths)
-    return passes * (2.0 * num_parameters * tokens + 2.0 * num_layers * hidden_size * squares)
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """What the device can do, when it is a known one."""
-    if device.type != "cuda":
+    config = model.policy.config
+    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+    head = model.policy.get_output_embeddings().weight
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding | TiedEmbedding)}
+    flops = _each_token(head) * num_scored
+    for parameter in model.parameters():
+        if parameter is not head and id(parameter) not in tables:
+            flops += _each_token(parameter) * sum(lengths)
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    layers = config.num_hidden_layers * (2 if hasattr(model, "critic") else 1)
+    return float(flops + 6 * layers * width * sum(length * length for length in lengths))
+
+
+def _each_token(parameter: Tensor) -> int:
+    """Operations that a matrix costs a token; a vector costs next to nothing."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    return (6 if parameter.requires_grad else 4) * math.prod(shape) if len(shape) > 1 else 0
+
+
+def peak_flops(name: str) -> float | None:
+    """What a GPU of this name can do, when it is a known one."""
+    words = re.split(r"[\s-]+", name)
+    return next((flops for key, flops in PEAK_FLOPS.items() if key in words), None)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Most memory this process has held: allocated on the GPU, or resident on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text()  # getrusage would begin at what the parent process held
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024
 
 
 def speed_figures(
@@ -124,10 +145,9 @@ def speed_figures(
         "tokens_per_second": tokens / training, "padding_share": 1.0 - tokens / max(cells, 1),
         "peak_memory_bytes": memory.item(),
     }  # fmt: skip
-    peak, config = peak_flops(device), engine.model.policy.config
-    if peak is not None:
-        size = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.model.parameters())
-        flops = model_flops(size, config.num_hidden_layers, config.hidden_size, lengths.tolist(), passes=3.0)
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    scored = sum(int(trainer.batch.scored_lengths[part].sum()) for part in parts)
+    if peak is not None and (flops := training_flops(engine.model, lengths.tolist(), scored)):
         figures["mfu"] = flops / training / peak / trainer.world_size
     return figures
 

@@ -7,7 +7,7 @@ chunks, so a [tokens, vocabulary] matrix never exists.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ from components.update.attention import Packing
 from components.update.batching import Batch
 from components.update.head import TokenLoss, fused_head_loss, linear_logprobs
 from components.update.tied import TiedEmbedding, TiedGradient
+
+M_MMAP_THRESHOLD = -3
+"""`mallopt`'s number of that parameter, from glibc's malloc.h."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +144,18 @@ class ScoringModel(nn.Module):
         return self.policy.get_output_embeddings()(self.hidden(micro), micro.targets_N, temperature, token_loss)
 
 
-def load_policy(directory: Path, *, dtype: torch.dtype, padded: bool, checkpointing: bool = False) -> nn.Module:
+def load_policy(
+    directory: Path,
+    *,
+    dtype: torch.dtype,
+    padded: bool,
+    checkpointing: bool = False,
+    zero3: dict[str, Any] | None = None,
+) -> nn.Module:
     """Loads a policy folder of safetensors for scoring.
+
+    `zero3`: DeepSpeed's configuration when weights are divided over the ranks: each is as soon as it is read, so that
+    no rank ever holds the whole model.
 
     Raises:
         DataError: the folder is not a causal language model, or one whose logits are more than a matrix product.
@@ -154,9 +167,10 @@ def load_policy(directory: Path, *, dtype: torch.dtype, padded: bool, checkpoint
     attention.register()
     implementation = None if padded else attention.IMPLEMENTATION  # None: the fastest the model itself can do
     try:
-        policy = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, attn_implementation=implementation, use_safetensors=True, local_files_only=True
-        )
+        with _divided(zero3):
+            policy = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype, attn_implementation=implementation, use_safetensors=True, local_files_only=True
+            )
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"the policy cannot be loaded: {error}") from None
     for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
@@ -167,6 +181,34 @@ def load_policy(directory: Path, *, dtype: torch.dtype, padded: bool, checkpoint
     if checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return policy
+
+
+@contextmanager
+def _divided(zero3: dict[str, Any] | None) -> Iterator[None]:
+    """Has transformers load into DeepSpeed's parts, as it does when its own trainer runs ZeRO 3."""
+    if zero3 is None:
+        yield
+        return
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    kept = HfDeepSpeedConfig(zero3)  # transformers holds it by a weak reference
+    _hand_back_from(1 << 20)
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del kept
+        _hand_back_from(32 << 20)
+
+
+def _hand_back_from(size: int) -> None:
+    """Has glibc give freed memory of that many bytes back at once: between parts that stay, whole weights come and go,
+    and the holes they leave would add up to the model. Other C libraries have no such switch.
+    """
+    import ctypes
+
+    with suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, size)
 
 
 def trainable(model: ScoringModel) -> dict[Tensor, str]:

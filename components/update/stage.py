@@ -99,7 +99,8 @@ def _publish(
     counts: optimizer steps of the fine-tune, and those skipped of late.
     state: files of this node's optimizer state.
 
-    Optimizer state first: it names the policy its master weights are of, so a policy never gets another's.
+    Optimizer state first: it names the policy its master weights are of, so a policy never gets another's. What an
+    attempt left that was killed between the two is of a policy that nobody has: a GPU makes another one the next time.
     """
     from components.update import inputs, nodes
 
@@ -110,6 +111,7 @@ def _publish(
     base = inputs.base_weights(stage) if adapter else []
     files = [*weights, *_carried(policy), *([] if merged else base)]
     digest = content_digest("policy", files)
+    stage.withdraw("next_optimizer")
     if inputs.saves_optimizer(stage):
         held = state | (adapter if merged else {})
         metadata: dict[str, Any] = {**counts, "policy_digest": digest}

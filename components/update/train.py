@@ -3,6 +3,7 @@
 S completions      N completion tokens of a micro-batch      W ranks
 """
 
+import gc
 import math
 import os
 import time
@@ -17,7 +18,7 @@ from torch import Tensor
 from components.common.errors import HealthError
 from components.update import checkpoint, lora, policy
 from components.update.batching import Batch, Step, cut, deal, plan_steps
-from components.update.engine import Engine
+from components.update.engine import Engine, deepspeed_config, for_reading, import_deepspeed
 from components.update.health import check_figures
 from components.update.job import Job, Result
 from components.update.kl import kl_estimate, penalised_rewards
@@ -77,8 +78,14 @@ class Trainer:
         )  # fmt: skip
 
     def _load(self, name: str) -> torch.nn.Module:
+        zero3 = None
+        if self.settings.zero_stage == 3:
+            import_deepspeed()
+            zero3 = deepspeed_config(self.settings, self.job.dtype)
         checkpointing = self.settings.gradient_checkpointing and name == "policy"
-        return load_policy(self.folder / name, dtype=self.dtype, padded=self.padded, checkpointing=checkpointing)
+        return load_policy(
+            self.folder / name, dtype=self.dtype, padded=self.padded, checkpointing=checkpointing, zero3=zero3
+        )
 
     def _engine(self) -> Engine:
         """The policy with whatever trains, its optimizer state restored."""
@@ -91,7 +98,7 @@ class Trainer:
             known = {parameter: name for parameter, name in names.items() if not name.startswith(checkpoint.CRITIC)}
         if restore != "nothing":  # weights known more exactly than the policy's files tell, and the critic's
             before = {p: name for p, name in known.items() if self._has_master(name) and (in_float32 or self.is_ppo)}
-            checkpoint.load_masters(state, before)
+            checkpoint.load_masters(state, before, divided=self.settings.zero_stage == 3)
         engine = Engine(model, self.settings, dtype=self.job.dtype, device=self.device, critic=critic)
         if restore != "nothing":
             pieces = checkpoint.fragments(engine.engine, known, rank=self.rank)
@@ -120,7 +127,11 @@ class Trainer:
         reference, adapter = self._load("reference"), self.folder / "reference" / lora.FOLDER
         if adapter.is_dir():
             lora.switch_on(reference, adapter)
-        return self._scores(ScoringModel(reference).to(self.device))[0]
+        model = for_reading(ScoringModel(reference), self.settings, dtype=self.job.dtype, device=self.device)
+        found = self._scores(model)[0]
+        del model, reference
+        gc.collect()  # hooks hold what they are hung on
+        return found
 
     def _score_before(self, engine: Engine) -> None:
         """Whatever is to be known of the batch before the first step, without gradients."""

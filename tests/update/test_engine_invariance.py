@@ -78,6 +78,20 @@ def test_a_sequence_may_lie_in_two_chunks_of_the_head(baseline, monkeypatch, cor
         assert chunks.metrics[figure] == pytest.approx(whole.metrics[figure], rel=2e-5, abs=2e-6), figure
 
 
+def test_a_ratio_of_whole_sequences_under_zero_3_and_offload(baseline):
+    case, inputs, scored, _ = baseline
+    settings = {"loss_type": "gspo", "correction": "sequence_mask", "epsilon_low": 0.1, "epsilon_high": 0.1}
+    case.run_name = "gspo"
+    wanted = case.update(inputs, scored, **settings)
+    case.run_name = "gspo-divided"
+    offload = {"offload_optimizer": True, "offload_parameters": True}
+    found = case.update(
+        inputs, scored, zero_stage=3, num_processes=2, max_tokens_per_microbatch=24, **offload, **settings
+    )
+    for name, weight in wanted.weights().items():
+        torch.testing.assert_close(found.weights()[name], weight, rtol=0, atol=1e-6)
+
+
 def test_ranks_without_a_sequence_keep_in_step(case, engine_model):
     inputs = case.start(engine_model)
     scored = case.scored("scored", engine_model, inputs["policy"], num_prompts=1, group_size=2, reward=[0.0, 1.0])

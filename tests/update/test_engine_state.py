@@ -157,3 +157,32 @@ def test_a_batch_survives_its_file(tmp_path):
     assert loaded.model_lengths.tolist() == [2, 2]  # one prompt token and two of the completion, less the last
     assert np.isnan(loaded.rewards[1, 0])
     assert loaded.completion_ids.dtype == np.int32
+
+
+def test_a_killed_attempt_leaves_no_state_of_another_policy(case, engine_model, monkeypatch):
+    """Killed between its two manifests; the second attempt comes to other weights, as kernels of a GPU may."""
+    from components.common.stage import Stage
+
+    inputs, publish = case.start(engine_model), Stage.publish
+    scored = case.scored("scored", engine_model, inputs["policy"])
+
+    def killed(stage, role, **arguments):
+        if role == "next_policy":
+            raise KeyboardInterrupt
+        return publish(stage, role, **arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Stage, "publish", killed)
+        case.update(inputs, scored)
+
+    from components.update import launch as launching
+
+    plain_launch = launching.launch
+
+    def other(folder, job):
+        changed = job.settings.model_copy(update={"learning_rate": 2 * job.settings.learning_rate})
+        return plain_launch(folder, job.model_copy(update={"settings": changed}))
+
+    monkeypatch.setattr(launching, "launch", other)
+    outcome = case.update(inputs, scored)
+    assert outcome.optimizer.metadata["policy_digest"] == outcome.policy.digest

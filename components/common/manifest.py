@@ -119,6 +119,13 @@ class Manifest(Settings):
     store: str
     """URL of the store that holds the blobs."""
 
+    @model_validator(mode="after")
+    def _check_names(self) -> "Manifest":
+        """Two files of one name would be one file when they are fetched."""
+        if len(self.names) < len(self.files):
+            raise ValueError("two files have the same name")
+        return self
+
     @property
     def size(self) -> int:
         """Bytes of all files."""

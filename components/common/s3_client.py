@@ -41,7 +41,7 @@ class Options:
     """Size of a part of an upload and of a range of a download. Below 32 MiB the C library uses a part's memory again
     for the next; above, each is new, and touching new memory costs five times the copy into it (measured)."""
     timeout: float = 60.0
-    """Seconds without a byte after which a request counts as stalled."""
+    """Seconds without a byte, or with less than 1 KiB a second of a body, after which a request counts as stalled."""
     deadline: float = 300.0
     """Seconds after which a request that keeps failing is given up."""
 
@@ -133,7 +133,7 @@ class Requests:
 
         Raises:
             StoreError: a reason that asking again does not mend, or the deadline.
-            ClientError: 404, 412 and 416, whose meaning only the caller knows.
+            ClientError: 404, 412, 416 and InvalidPart, whose meaning only the caller knows.
         """
         started = time.monotonic()
         attempt = 0
@@ -161,8 +161,10 @@ class Requests:
     def _refuse(self, what: str, error: Exception) -> None:
         from botocore.exceptions import ClientError
 
-        if isinstance(error, ClientError) and status_of(error) in (404, 412, 416) and code_of(error) != "NoSuchBucket":
-            raise error
+        if isinstance(error, ClientError):
+            code = code_of(error)
+            if code == "InvalidPart" or (status_of(error) in (404, 412, 416) and code != "NoSuchBucket"):
+                raise error
         mend = _mend(error, self.location)
         if mend is None:
             raise error

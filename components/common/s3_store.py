@@ -17,7 +17,7 @@ from components.common.errors import ArtifactNotFound, DigestMismatch, StoreErro
 from components.common.integrity import DIGEST_HEADER, Damaged, check_stored, checksum, wanted_digest
 from components.common.s3_client import Location, Requests, code_of, make_client, status_of
 from components.common.store import Stat, checked_key, checked_prefix, disk_errors
-from components.common.transfer import Download, Upload
+from components.common.transfer import Download, Upload, arriving
 
 T = TypeVar("T")
 DAMAGE_ATTEMPTS = 6
@@ -146,7 +146,7 @@ class S3Store:
 
         def get(attempt: int) -> tuple[bytes, dict[str, Any]]:
             answer = self.client.get_object(**self.name(key))
-            data = answer["Body"].read()
+            data = b"".join(arriving(answer, self.location.options.timeout))
             if len(data) != answer["ContentLength"]:
                 raise Damaged(f"{len(data)} of {answer['ContentLength']} bytes arrived")
             return data, answer
@@ -226,10 +226,19 @@ class S3Store:
     def unfinished(self, key: str = "") -> Iterator[dict[str, Any]]:
         """Multipart uploads that were begun and not ended, of one key or of all, newest first."""
         full = self.name(key)["Key"] if key else (f"{self.location.prefix}/" if self.location.prefix else "")
-        page = self.request(
-            "listing uploads", lambda _: self.client.list_multipart_uploads(Bucket=self.bucket, Prefix=full)
-        )
-        found = [entry for entry in page.get("Uploads", []) if not key or entry["Key"] == full]
+        found: list[dict[str, Any]] = []
+        more: dict[str, str] = {}
+        while True:
+            page = self.request(
+                "listing uploads",
+                lambda _, more=more: self.client.list_multipart_uploads(
+                    Bucket=self.bucket, Prefix=full, MaxUploads=self.page, **more
+                ),
+            )
+            found += [entry for entry in page.get("Uploads", []) if not key or entry["Key"] == full]
+            if not page.get("IsTruncated"):
+                break
+            more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
         yield from sorted(found, key=lambda entry: entry["Initiated"], reverse=True)
 
     def abort(self, upload: dict[str, Any]) -> None:

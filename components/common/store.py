@@ -37,7 +37,7 @@ class Store(Protocol):
         """Stores a file under `key`."""
 
     def get_file(self, key: str, path: Path) -> None:
-        """Writes the object to `path`. Raises ArtifactNotFound."""
+        """Writes the object to `path`; what was there is lost, also when this fails. Raises ArtifactNotFound."""
 
     def put_bytes(self, data: bytes, key: str, *, if_absent: bool = False, instead_of: bytes | None = None) -> bool:
         """Stores bytes; False says that nothing was written: with `if_absent` because the key was taken, with

@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from hashlib import md5
 from pathlib import Path
@@ -19,7 +20,9 @@ MAX_PARTS = 10_000
 COPY_BYTES = 5 << 30
 """Bytes that a server copies in one request (S3's limit); larger objects are copied in ranges."""
 CHUNK = 1 * MIB
-"""Bytes taken from a socket at a time."""
+"""Bytes taken from a socket at a time, at most."""
+SLOWEST = 1024
+"""Bytes a second below which a body counts as stalled: each byte alone would start the socket's timeout anew."""
 
 
 def part_bytes(size: int, wanted: int) -> int:
@@ -56,21 +59,31 @@ class Upload:
         """Only a blob's upload is resumed: its name promises that the parts are of the same content."""
         from botocore.exceptions import ClientError
 
-        name = self.store.name(key)
-        begun = next(self.store.unfinished(key), None) if resume else None
-        name["UploadId"] = begun["UploadId"] if begun else self._begin(name, key, metadata)
+        name, before = self.store.name(key), self.store.stat(key)
         numbers = range(1, math.ceil(size / part) + 1)
         try:
-            there = self._stored_parts(name, key) if begun else {}
+            begun, there = self._begun(key, size, part) if resume else (None, {})
+            name["UploadId"] = begun or self._begin(name, key, metadata)
             with path.open("rb") as file:
                 sent = self._send(file.fileno(), name, key, numbers, part, there)
             self._complete(name, key, size, sent)
         except ClientError as error:
-            if code_of(error) != "NoSuchUpload":
+            if code_of(error) not in ("NoSuchUpload", "InvalidPart"):
                 raise StoreError(f"{self.store.url}: writing {key}: {error}") from error
-            found = self.store.stat(key)  # another writer of the same blob ended this upload
-            if found is None or found.size != size:
+            if code_of(error) == "InvalidPart":  # another writer sent parts of another size under the same numbers
+                self.store.abort(name)
+            found = self.store.stat(key)  # another writer of the same blob, or our own lost request, ended this upload
+            new = found and found.size == size and (before is None or found.modified > before.modified)
+            if not new:
                 self._parts(path, key, size, part, metadata, resume=False)
+
+    def _begun(self, key: str, size: int, part: int) -> tuple[str | None, dict[int, dict[str, Any]]]:
+        """An unfinished upload in parts of this size, and those the server holds of it; none: begin another."""
+        for upload in self.store.unfinished(key):
+            there = self._stored_parts(self.store.name(key) | {"UploadId": upload["UploadId"]}, key)
+            if all(stored["Size"] == min(part, size - (number - 1) * part) for number, stored in there.items()):
+                return str(upload["UploadId"]), there
+        return None, {}
 
     def _begin(self, name: dict[str, Any], key: str, metadata: dict[str, Any]) -> str:
         begin = self.store.client.create_multipart_upload
@@ -172,7 +185,7 @@ class Download:
                 os.posix_fallocate(file.fileno(), 0, size)
                 for at in range(part, size, part):
                     end = min(at + part, size)
-                    rest.append(self.store.pool.submit(self._range, key, file.fileno(), at, end, answer["ETag"]))
+                    rest.append(self.store.pool.submit(self._range, key, file.fileno(), at, end, answer["ETag"], None))
 
             try:
                 answer = self.store.found(key, lambda: self._range(key, file.fileno(), 0, part, None, begin))
@@ -185,23 +198,24 @@ class Download:
         return wanted_digest(key, answer)
 
     def _range(
-        self, key: str, file: int, start: int, end: int, etag: str | None, begin: Callable[[Any], None] | None = None
+        self, key: str, file: int, start: int, end: int, etag: str | None, begin: Callable[[Any], None] | None
     ) -> Any:
         """Bytes [start, end) of the object; an attempt goes on where the one before was cut, and one that got some
-        bytes is followed by the next without a pause."""
+        bytes is followed by the next without a pause. All are of the version with that `etag`, or of the first one's;
+        of a blob any version will do, since its name says its content."""
         position, goal = start, end
-        same = {"IfMatch": etag} if etag else {}
 
         def get(attempt: int) -> Any:
-            nonlocal position, goal
+            nonlocal position, goal, etag
             before = position
-            answer = self._get(key, position, end, same)
+            answer = self._get(key, position, end, {} if etag is None or BLOB.search(key) else {"IfMatch": etag})
+            etag = answer["ETag"]
             if begin:
                 begin(answer)
             goal = position + answer["ContentLength"]
             try:
-                for chunk in answer["Body"].iter_chunks(CHUNK):
-                    position += os.pwrite(file, chunk, position)
+                for piece in arriving(answer, self.store.location.options.timeout):
+                    position += os.pwrite(file, piece, position)
             except broken_bodies():
                 if position == before:
                     raise
@@ -224,6 +238,23 @@ class Download:
             if status_of(error) != 416:
                 raise
         return self.store.client.get_object(**name)  # an empty object has no first byte
+
+
+def arriving(answer: Any, timeout: float) -> Iterator[bytes]:
+    """An answer's body in pieces, as they come.
+
+    Raises:
+        Damaged: after `timeout` seconds fewer than SLOWEST bytes a second have come.
+    """
+    started, got = time.monotonic(), 0
+    stream = answer["Body"]._raw_stream  # boto3's own `read` waits for as much as it was asked for, drop by drop
+    while piece := stream.read1(CHUNK, decode_content=False):
+        yield piece
+        got += len(piece)
+        seconds = time.monotonic() - started
+        if seconds > timeout and got < seconds * SLOWEST:
+            answer["Body"].close()
+            raise Damaged(f"{got} bytes arrived in {seconds:.0f} s")
 
 
 def broken_bodies() -> tuple[type[Exception], ...]:

@@ -21,6 +21,8 @@ FAULTS = (
     "SlowDown",
     "stall",
 )
+DRIP = "drip"
+"""A body that comes a byte at a time, without end in sight; only where it is asked for."""
 ERRORS = {"500": (500, "InternalError"), "503": (503, "ServiceUnavailable"), "SlowDown": (503, "SlowDown")}
 
 
@@ -88,7 +90,7 @@ class Handler(BaseHTTPRequestHandler):
             and "list-type" not in self.path
         ):
             answer = self.server.flipped(answer) if "uploads" not in self.path else answer
-        self._answer(status, headers, answer, cut=fault == "cut the body")
+        self._answer(status, headers, answer, cut=fault == "cut the body", drip=fault == DRIP)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _forward
 
@@ -107,7 +109,9 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             upstream.close()
 
-    def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes, *, cut: bool) -> None:
+    def _answer(
+        self, status: int, headers: list[tuple[str, str]], body: bytes, *, cut: bool, drip: bool = False
+    ) -> None:
         self.send_response_only(status)
         for name, value in headers:
             if name.lower() not in ("transfer-encoding", "content-length", "connection"):
@@ -115,7 +119,11 @@ class Handler(BaseHTTPRequestHandler):
         length = {name.lower(): value for name, value in headers}.get("content-length", str(len(body)))
         self.send_header("Content-Length", length if self.command == "HEAD" else str(len(body)))
         self.end_headers()
-        self.wfile.write(body[: len(body) // 2] if cut else body)
+        for place in range(len(body) if drip else 0):
+            self.wfile.write(body[place : place + 1])
+            time.sleep(0.05)
+        if not drip:
+            self.wfile.write(body[: len(body) // 2] if cut else body)
         if cut:
             self._hang_up()
 

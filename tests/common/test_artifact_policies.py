@@ -292,6 +292,14 @@ def test_a_manifest_from_outside_cannot_name_other_places(tmp_path: Path, change
         Manifest.parse(json.dumps(values).encode(), where="outside")
 
 
+def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    chain = Chain(FileStore(tmp_path / "store"), tmp_path / "trained")
+    values = json.loads(chain.policies[0].dump())
+    values["files"][1]["name"] = values["files"][0]["name"]
+    with pytest.raises(ArtifactError, match="two files have the same name"):
+        Manifest.parse(json.dumps(values).encode(), where="outside")
+
+
 @pytest.mark.parametrize(
     "change", [{"key": "blobs/blake3/" + "0" * 64}, {"result": "blake3:" + "0" * 64}, {"size": -1}]
 )

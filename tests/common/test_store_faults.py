@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from components.common.errors import ArtifactNotFound, DigestMismatch, StoreError
-from components.common.integrity import blob_key
+from components.common.integrity import blob_key, checksum
 from components.common.manifest import file_digest
 from components.common.s3_store import S3Store
-from tests.common.fault_proxy import FAULTS, FaultProxy, proxy
+from tests.common.fault_proxy import DRIP, FAULTS, FaultProxy, proxy
 
 OPERATIONS = 1000
 THREADS = 8
@@ -193,6 +193,19 @@ def test_a_network_that_damages_every_write_is_given_up(moto_endpoint: str) -> N
             store.put_bytes(b"manifest" * 100, "name", if_absent=True)
 
 
+@pytest.mark.parametrize("act", ["get_bytes", "get_file"])
+def test_a_body_that_drips_is_given_up_at_the_deadline(moto_endpoint: str, tmp_path: Path, act: str) -> None:
+    """Every byte comes well within the timeout, and all of them would take an hour."""
+    with proxy(moto_endpoint, share=0.0) as server:
+        store = through(server.url, "&timeout=0.4&deadline=2")
+        store.put_bytes(os.urandom(64 << 10), "name")
+        server.draw = lambda: DRIP  # type: ignore[method-assign]
+        with pytest.raises(
+            StoreError, match=r"reading name failed [0-9]+ times within 2 s: [0-9]+ bytes arrived in 0 s"
+        ):
+            store.get_bytes("name") if act == "get_bytes" else store.get_file("name", tmp_path / "target")
+
+
 def test_a_large_download_goes_on_where_it_was_cut(rgw_endpoint: str, tmp_path: Path) -> None:
     """Every answer is cut in half, so no range ever arrives whole; halves of halves do."""
     (tmp_path / "source").write_bytes(os.urandom(11 * MIB))
@@ -209,14 +222,8 @@ def test_an_upload_that_was_cut_short_goes_on(rgw_endpoint: str, tmp_path: Path)
     path.write_bytes(os.urandom(17 * MIB))
     store = through(rgw_endpoint, "")
     key = blob_key(file_digest(path))
-    name = store.name(key)
-    name["UploadId"] = store.client.create_multipart_upload(**name, ChecksumAlgorithm="CRC32C")["UploadId"]
-    from components.common.integrity import checksum
-
-    with path.open("rb") as file:
-        for number in (1, 2):
-            data = file.read(5 * MIB)
-            store.client.upload_part(**name, PartNumber=number, Body=data, **checksum(data))
+    data = path.read_bytes()
+    unfinished_upload(store, key, [data[: 5 * MIB], data[5 * MIB : 10 * MIB]])
     sent: list[int] = []
     store.client.meta.events.register(
         "provide-client-params.s3.UploadPart", lambda params, **_: sent.append(params["PartNumber"])
@@ -233,12 +240,7 @@ def test_parts_that_are_not_of_this_file_are_sent_again(rgw_endpoint: str, tmp_p
     path.write_bytes(os.urandom(11 * MIB))
     store = through(rgw_endpoint, "")
     key = blob_key(file_digest(path))
-    name = store.name(key)
-    name["UploadId"] = store.client.create_multipart_upload(**name, ChecksumAlgorithm="CRC32C")["UploadId"]
-    from components.common.integrity import checksum
-
-    other = bytes(5 * MIB)
-    store.client.upload_part(**name, PartNumber=1, Body=other, **checksum(other))
+    unfinished_upload(store, key, [bytes(5 * MIB)])
     store.put_file(path, key)
     store.get_file(key, tmp_path / "target")
 
@@ -278,3 +280,114 @@ def test_an_object_overwritten_while_it_is_read_is_not_mixed(rgw_endpoint: str, 
     with pytest.raises(StoreError):
         store.get_file("name", tmp_path / "target")
     assert replaced
+
+
+def test_an_object_overwritten_between_two_halves_of_a_range_is_not_mixed(moto_endpoint: str, tmp_path: Path) -> None:
+    with proxy(moto_endpoint, share=0.0) as server:
+        store = through(server.url, "")
+        straight = S3Store.from_url(store.url.replace(server.url, moto_endpoint))
+        straight.put_bytes(bytes(1000), "name")
+        Scripted(server, "cut the body")
+
+        def replace(params: dict[str, str], **_: object) -> None:
+            if not params["Range"].startswith("bytes=0-"):
+                straight.put_bytes(b"\1" * 1000, "name")
+
+        store.client.meta.events.register("provide-client-params.s3.GetObject", replace)
+        with pytest.raises(StoreError, match="PreconditionFailed"):
+            store.get_file("name", tmp_path / "target")
+
+
+@pytest.mark.parametrize("kind", ["moto", "rgw"])
+def test_a_blob_that_is_refreshed_in_parts_of_another_size_is_read_on(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    endpoint = request.getfixturevalue(f"{kind}_endpoint")
+    (tmp_path / "source").write_bytes(os.urandom(17 * MIB))
+    key = blob_key(file_digest(tmp_path / "source"))
+    store = through(endpoint, "")
+    other = S3Store.from_url(store.url.replace("part_mib=5", "part_mib=6"))
+    store.put_file(tmp_path / "source", key)
+    refreshed = []
+
+    def refresh(params: dict[str, str], **_: object) -> None:
+        if not params["Range"].startswith("bytes=0-") and not refreshed:
+            refreshed.append(store.client.head_object(**store.name(key))["ETag"])
+            other.put_file(tmp_path / "source", key)
+            refreshed.append(store.client.head_object(**store.name(key))["ETag"])
+
+    store.client.meta.events.register("provide-client-params.s3.GetObject", refresh)
+    store.get_file(key, tmp_path / "target")
+    assert (tmp_path / "target").read_bytes() == (tmp_path / "source").read_bytes()
+    assert len(set(refreshed)) == 2
+
+
+def unfinished_upload(store: S3Store, key: str, parts: list[bytes]) -> dict[str, str]:
+    """An upload that has sent these parts and was not ended."""
+    name = store.name(key)
+    name["UploadId"] = store.client.create_multipart_upload(**name, ChecksumAlgorithm="CRC32C")["UploadId"]
+    for number, data in enumerate(parts, 1):
+        store.client.upload_part(**name, PartNumber=number, Body=data, **checksum(data))
+    return name
+
+
+def test_an_upload_in_parts_of_another_size_is_left_to_its_owner(rgw_endpoint: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(17 * MIB))
+    key = blob_key(file_digest(path))
+    store = through(rgw_endpoint, "")
+    theirs = unfinished_upload(store, key, [path.read_bytes()[: 6 * MIB]])
+    store.put_file(path, key)
+    store.get_file(key, tmp_path / "target")
+    assert [part["Size"] for part in store.client.list_parts(**theirs)["Parts"]] == [6 * MIB]
+    assert len(list(store.unfinished(key))) == 1
+
+
+def test_parts_replaced_by_another_writer_begin_the_upload_anew(rgw_endpoint: str, tmp_path: Path) -> None:
+    """It joined before any part was there, cut the file otherwise, and was killed before it ended the upload."""
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(17 * MIB))
+    key = blob_key(file_digest(path))
+    store, replaced = through(rgw_endpoint, ""), []
+
+    def replace(params: dict[str, str], **_: object) -> None:
+        if not replaced:
+            replaced.append(params["UploadId"])
+            name = store.name(key) | {"UploadId": params["UploadId"]}
+            data = path.read_bytes()[: 6 * MIB]
+            store.client.upload_part(**name, PartNumber=1, Body=data, **checksum(data))
+
+    store.client.meta.events.register("provide-client-params.s3.CompleteMultipartUpload", replace)
+    store.put_file(path, key)
+    store.get_file(key, tmp_path / "target")
+    assert replaced and list(store.unfinished(key)) == []
+
+
+def test_an_upload_that_others_aborted_is_not_taken_for_done(rgw_endpoint: str, tmp_path: Path) -> None:
+    """An object of the same length was there before: it is not what was sent."""
+    store = through(rgw_endpoint, "")
+    (tmp_path / "old").write_bytes(bytes(11 * MIB))
+    (tmp_path / "new").write_bytes(os.urandom(11 * MIB))
+    store.put_file(tmp_path / "old", "name")
+    aborted = []
+
+    def abort(params: dict[str, str], **_: object) -> None:
+        if not aborted:
+            aborted.append(params["UploadId"])
+            store.client.abort_multipart_upload(**store.name("name"), UploadId=params["UploadId"])
+
+    store.client.meta.events.register("provide-client-params.s3.UploadPart", abort)
+    store.put_file(tmp_path / "new", "name")
+    store.get_file("name", tmp_path / "target")
+    assert aborted and (tmp_path / "target").read_bytes() == (tmp_path / "new").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["moto", "rgw"])
+def test_more_unfinished_uploads_than_one_page_holds(kind: str, request: pytest.FixtureRequest) -> None:
+    store = through(request.getfixturevalue(f"{kind}_endpoint"), "")
+    begun = {unfinished_upload(store, f"blobs/{number}", [])["UploadId"] for number in range(5)}
+    store.page = 2
+    assert {upload["UploadId"] for upload in store.unfinished()} == begun
+    for upload in list(store.unfinished()):
+        store.abort(upload)
+    assert list(store.unfinished()) == []

@@ -42,6 +42,20 @@ def test_ranks_and_micro_batches_change_nothing(case, engine_model):
         assert cut.metrics[figure] == pytest.approx(whole.metrics[figure], rel=1e-4, abs=1e-6)
 
 
+def test_a_critic_comes_back_into_divided_weights(case, engine_model):
+    """Its float32 weights are of the optimizer state; under ZeRO 3 they are put into parts of two processes."""
+    start, states = case.start(engine_model), []
+    first = case.scored("first", engine_model, start["policy"])
+    for name, settings in (("whole", {}), ("divided", {"zero_stage": 3, "num_processes": 2})):
+        case.run_name = name
+        outcome = case.update(start, first, **PPO, **settings)
+        second = case.scored(f"second-{name}", engine_model, outcome.policy_path)
+        states.append(case.update(outcome.inputs, second, iteration=1, **PPO, **settings).state())
+    assert set(states[0]) == set(states[1])
+    for key in [key for key in states[0] if key.startswith("master/critic")]:
+        torch.testing.assert_close(states[1][key], states[0][key], rtol=0, atol=2e-6)
+
+
 def test_a_fine_tune_may_change_to_ppo_and_back(case, engine_model):
     """The critic starts anew, with its own count of steps; the policy's moments go on."""
     inputs = case.start(engine_model)

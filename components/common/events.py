@@ -1,7 +1,8 @@
 """What a stage tells whoever watches: one JSON line an event, in `$GRPO_RUN_DIR/events.jsonl`.
 
 Written by every stage of a local run, read by the live view and by `grpo show`.
-Events: `start`, `progress`, `done`, `skipped` (its result was there already), `failed`.
+Events: `start` (with the key of the work and its work directory), `progress`, `done`, `skipped` (its result was there
+already), `failed`.
 """
 
 import json
@@ -25,6 +26,11 @@ class Events:
     def log_path(self) -> Path | None:
         """File of this task's own log."""
         return self.run_dir / "logs" / f"{self.base['task']}.log" if self.run_dir else None
+
+    def own_keys(self) -> set[str]:
+        """Keys of the work that this task has started in this run directory."""
+        events = read_events(self.run_dir) if self.run_dir else []
+        return {event["key"] for event in events if event["task"] == self.base["task"] and "key" in event}
 
     def emit(self, event: str, **details: Any) -> None:
         """Appends one line; lines of concurrent tasks do not mix since each is one short write."""

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +20,8 @@ from components.common.integrity import blob_key
 from components.common.settings import Settings
 
 SCHEMA_VERSION = 1
+SOURCE = (".py", ".html", ".css", ".js")
+"""Files of this package that decide what a stage does."""
 DIGEST_PATTERN = r"^blake3:[0-9a-f]{64}$"
 BLOB_NAME = re.compile(r"blobs/blake3/[0-9a-f]{64}")
 
@@ -94,7 +95,7 @@ class Producer(Settings):
     settings_digest: str
     """Digest of the stage's settings."""
     code_version: str
-    """Version of this package."""
+    """Digest of the stage's source."""
 
 
 class Manifest(Settings):
@@ -196,12 +197,15 @@ def text_digest(text: str) -> str:
 
 
 @cache
-def code_version() -> str:
-    """Version of the installed package; `source` when it runs from a checkout that is not installed."""
-    try:
-        return version("grpo-pipeline")
-    except PackageNotFoundError:
-        return "source"
+def code_version(stage: str) -> str:
+    """Digest of a stage's source, its own folder and `common`: the same wherever the same code is installed."""
+    root = Path(__file__).parents[1]
+    paths = sorted(path for folder in ("common", stage) for path in (root / folder).rglob("*") if path.suffix in SOURCE)
+    whole = hashlib.sha256()
+    for path in paths:
+        data = path.read_bytes()
+        whole.update(f"{path.relative_to(root).as_posix()} {len(data)}\n".encode() + data)
+    return f"sha256:{whole.hexdigest()[:16]}"
 
 
 SCORED_BEFORE = "scored_before"

@@ -3,19 +3,22 @@
 import json
 import logging
 import shutil
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from components.common import artifacts
+from components.common import artifacts, champion
 from components.common.errors import AlreadyPublished, ArtifactNotFound, GrpoError, StageError
 from components.common.events import Events
 from components.common.logs import task_log
 from components.common.manifest import File, Kind, Manifest, Producer, code_version, manifest_key, text_digest
-from components.common.settings import Settings, dump_stage, load_stage
+from components.common.settings import Settings, TrackingSettings, dump_stage, load_stage
 from components.common.store import Store, open_store
 
 S = TypeVar("S", bound=Settings)
@@ -30,7 +33,8 @@ class Stage(Generic[S]):
 
     `inputs` and `outputs` map a role (the parameter's name) to manifest files. `names` gives an output's name in
     the store where it is not its role. `iteration` is given as the run counts it, from 0, and held as the fine-tune
-    counts it; `output_offset` is 1 where the outputs belong to the policy after this iteration's update.
+    counts it; `output_offset` is 1 where the outputs belong to the policy after this iteration's update. `rests_on`
+    names the settings that the result depends on, of the stage's own; none: on all, and on what the run says.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Stage(Generic[S]):
     shard: int | None = None
     names: Mapping[str, str] = field(default_factory=dict)
     output_offset: int = 0
+    rests_on: Sequence[str] | None = None
     work_dir: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -51,6 +56,7 @@ class Stage(Generic[S]):
         self.events = Events(self.task, stage=self.name, iteration=self.iteration, shard=self.shard)
         self._manifests = {role: self._load(paths) for role, paths in self.inputs.items()}
         self._published: dict[str, Manifest] = {}
+        self._outdated: set[str] = set()
         self.started = time.monotonic()
         self.fetch_seconds = 0.0
 
@@ -76,12 +82,26 @@ class Stage(Generic[S]):
     @property
     def producer(self) -> Producer:
         """Identity of this task: the same key, the same result."""
-        settings = dump_stage(self.context, self.settings)
+        code, settings = code_version(self.name), self._what_counts()
         parents = {role: [manifest.digest for manifest in found] for role, found in sorted(self._manifests.items())}
-        key = json.dumps([self.name, settings, parents, self.iteration, self.shard, code_version()])
-        return Producer(
-            stage=self.name, key=text_digest(key), settings_digest=text_digest(settings), code_version=code_version()
-        )
+        key = json.dumps([self.name, settings, parents, self.iteration, self.shard, code])
+        return Producer(stage=self.name, key=text_digest(key), settings_digest=text_digest(settings), code_version=code)
+
+    def _what_counts(self) -> str:
+        """The settings that the result depends on; where metrics are reported to changes none."""
+        if self.rests_on is None:
+            return dump_stage(self.context.model_copy(update={"tracking": TrackingSettings()}), self.settings)
+        chosen = self.settings.model_dump(mode="json", include=set(self.rests_on))
+        return json.dumps([self.context.fine_tune, self.context.run, chosen], sort_keys=True)
+
+    def run_settings(self) -> dict[str, Any]:
+        """All settings of the run, as `configure` noted them last; empty for a stage that runs by itself."""
+        context = self.context
+        key = manifest_key(context.fine_tune, context.run, context.first_iteration, "history")
+        try:
+            return Manifest.parse(self.store.get_bytes(key), where=key).metadata.get("settings", {})
+        except ArtifactNotFound:
+            return {}
 
     def manifest(self, role: str) -> Manifest:
         """The one manifest of an input."""
@@ -122,6 +142,7 @@ class Stage(Generic[S]):
         `metadata["seconds"]` says how long the stage has worked until then.
         """
         assert role in self.outputs, f"{self.name} has no output {role}"
+        self._make_room(role)
         seconds = {"seconds": round(time.monotonic() - self.started, 3)}
         if kind == "policy" and self.fetch_seconds:
             metrics = {**(metrics or {}), "artifact/fetch_seconds": self.fetch_seconds}
@@ -150,6 +171,16 @@ class Stage(Generic[S]):
         log.info("%s: %d of %d %s", self.task, done, total, shown)
         self.events.emit("progress", done=done, total=total, figures=figures)
 
+    def _make_room(self, role: str) -> None:
+        """Removes what this very run had published before its settings or code changed, now that it is made anew."""
+        if role in self._outdated:
+            self.store.delete(self.key(role))
+            self._outdated.discard(role)
+
+    def key(self, role: str) -> str:
+        """Where an output's manifest lies in the store."""
+        return manifest_key(self.context.fine_tune, self.context.run, self._iteration(), self._name(role))
+
     def _name(self, role: str) -> str:
         name = self.names.get(role, role)
         return name if self.shard is None else f"{name}-{self.shard:02d}"
@@ -168,22 +199,34 @@ class Stage(Generic[S]):
     def _already(self) -> dict[str, Manifest]:
         """Outputs that the same work has published before. Raises AlreadyPublished when other work took the name."""
         found = {}
-        key = self.producer.key
         for role in self.outputs:
-            name = manifest_key(self.context.fine_tune, self.context.run, self._iteration(), self._name(role))
+            name = self.key(role)
             try:
                 manifest = Manifest.parse(self.store.get_bytes(name), where=name)
             except ArtifactNotFound:
                 continue
-            if manifest.producer.key != key:
-                raise AlreadyPublished(
-                    f"{name} was made with other settings, inputs or code: start another run, or resume this as it was"
-                )
-            if all(self.store.stat(key) for file in manifest.files for key in file.keys):
+            if manifest.producer.key != self.producer.key:
+                self._check_own(name, manifest)
+                self._outdated.add(role)
+            elif all(self.store.stat(key) for file in manifest.files for key in file.keys):
                 found[role] = manifest
             else:  # collected or lost: the manifest promises what is gone, so the work is done again
                 self.store.delete(name)
         return found
+
+    def _check_own(self, name: str, manifest: Manifest) -> None:
+        """Only what this run directory has made itself may be made anew, and not under a champion's feet.
+
+        Raises:
+            AlreadyPublished
+        """
+        if manifest.producer.key not in self.events.own_keys():
+            raise AlreadyPublished(
+                f"{name} was made with other settings, inputs or code: start another run, or resume this as it was"
+            )
+        present = champion.read(self.store, self.context.fine_tune)
+        if present and name in (present.manifest, present.evaluation):
+            raise AlreadyPublished(f"{name} is the champion's: resume this run as it was, or start another")
 
 
 def run_stage(stage: Stage[S], body: Callable[[Stage[S]], None]) -> None:
@@ -194,12 +237,40 @@ def run_stage(stage: Stage[S], body: Callable[[Stage[S]], None]) -> None:
     """
     with task_log(stage.events.log_path):
         try:
-            _run(stage, body)
+            with _ended_by_signal():
+                _run(stage, body)
         except BaseException as error:
-            message = str(error) if isinstance(error, GrpoError) else f"{type(error).__name__}: {error}"
+            message = str(error) if isinstance(error, GrpoError | _Ended) else f"{type(error).__name__}: {error}"
             stage.events.emit("failed", error=message, log=str(stage.events.log_path or ""))
-            log.error("%s failed: %s", stage.task, message, exc_info=not isinstance(error, GrpoError))
+            log.error("%s failed: %s", stage.task, message, exc_info=not isinstance(error, GrpoError | _Ended))
             raise
+
+
+class _Ended(SystemExit):
+    """SIGTERM came: the process ends as by the signal, after its work directory was removed."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
+
+    def __str__(self) -> str:
+        return "told to end (SIGTERM); nothing was published"
+
+
+@contextmanager
+def _ended_by_signal() -> Iterator[None]:
+    """SIGTERM unwinds the stage instead of cutting it off; stages with more to save handle it themselves."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise _Ended
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(stage: Stage[S], body: Callable[[Stage[S]], None]) -> None:
@@ -208,7 +279,6 @@ def _run(stage: Stage[S], body: Callable[[Stage[S]], None]) -> None:
         log.info("%s: done before, nothing to do", stage.task)
         outcome = "skipped"
     else:
-        stage.events.emit("start")
         log.info("%s: start", stage.task)
         _work(stage, body)
         outcome = "done"
@@ -222,6 +292,7 @@ def _run(stage: Stage[S], body: Callable[[Stage[S]], None]) -> None:
 def _work(stage: Stage[S], body: Callable[[Stage[S]], None]) -> None:
     stage.work_dir = Path(tempfile.mkdtemp(prefix=f"grpo-{stage.task}-"))
     try:
+        stage.events.emit("start", key=stage.producer.key, work_dir=str(stage.work_dir))
         body(stage)
     finally:
         shutil.rmtree(stage.work_dir, ignore_errors=True)

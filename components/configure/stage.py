@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from components.common.errors import SettingsError
-from components.common.manifest import SCORED_BEFORE
+from components.common.manifest import SCORED_BEFORE, Manifest
 from components.common.settings import dump_stage, validate
 from components.common.stage import Stage, run_stage
-from components.common.store import open_store
+from components.common.store import Store, open_store
 from components.configure import start
 from components.configure.config import STAGE_SECTIONS, RunSettings
 from components.configure.form import overlay
@@ -51,10 +51,11 @@ def run(
     first = begin.policy.iteration or 0 if begin else 0
     context = resolved.context(run=name, first_iteration=first)
     stage = Stage(
-        "configure", RunSettings, dump_stage(context, resolved), inputs={}, iteration=0,
+        "configure", RunSettings, dump_stage(context, resolved), inputs={}, iteration=0, rests_on=start.RESTS_ON,
         outputs={"policy": policy, "optimizer": optimizer, "reference": reference, "history": history},
     )  # fmt: skip
     run_stage(stage, lambda stage: _publish(stage, begin))
+    _note_settings(stage)
     resolved = _filled_in(resolved)
     files = (dataset_settings, rollout_settings, reward_settings, update_settings, evaluate_settings, publish_settings)
     for section, path in zip(STAGE_SECTIONS, files, strict=True):
@@ -70,17 +71,20 @@ def _filled_in(settings: RunSettings) -> RunSettings:
     return settings.model_copy(update={"dataset": dataset})
 
 
-def _find_start(settings: RunSettings, store: Any, name: str) -> start.Start | None:
+def _find_start(settings: RunSettings, store: Store, name: str) -> start.Start | None:
+    if settings.start_from == "base":
+        return None
+    kept = start.taken_up(store, settings, name)
+    if kept:
+        return kept
     if settings.start_from == "latest":
         return start.latest(store, settings.fine_tune, but_run=name, run=settings.start_run)
-    if settings.start_from == "champion":
-        return start.champion(store, settings.fine_tune)
-    return None
+    return start.champion(store, settings.fine_tune)
 
 
 def _publish(stage: Stage[RunSettings], begin: start.Start | None) -> None:
     settings = stage.settings
-    told = {"settings": settings.model_dump(mode="json")}  # evaluate and publish log them as params
+    told = _told(settings)
     if begin is None:
         files = start.model_files(settings.model, stage.work_dir)
         metadata = start.describe(files) | {"model": settings.model}
@@ -102,6 +106,22 @@ def _publish(stage: Stage[RunSettings], begin: start.Start | None) -> None:
                   metadata=optimizer.metadata if optimizer else {})  # fmt: skip
     stage.publish("history", kind="evaluation", reuse=history.files if history else (),
                   metadata=(history.metadata if history else {}) | told)  # fmt: skip
+
+
+def _told(settings: RunSettings) -> dict[str, Any]:
+    """What evaluate and publish log as params, and what a repeated `configure` knows its start by."""
+    return {"settings": settings.model_dump(mode="json")}
+
+
+def _note_settings(stage: Stage[RunSettings]) -> None:
+    """The start stays when other settings are mended, and so may what is noted of them; its content is the same."""
+    history, policy = (Manifest.load(Path(stage.outputs[role])) for role in ("history", "policy"))
+    told = _told(stage.settings)
+    if history.metadata["settings"] != told["settings"]:
+        _check_context(stage.settings, policy.metadata)
+        changed = history.model_copy(update={"metadata": history.metadata | told})
+        stage.store.put_bytes(changed.dump(), stage.key("history"))
+        Path(stage.outputs["history"]).write_bytes(changed.dump())
 
 
 def _check_context(settings: RunSettings, model: dict[str, Any]) -> None:

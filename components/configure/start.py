@@ -12,6 +12,7 @@ from components.common.champion import read as read_champion
 from components.common.errors import ArtifactNotFound, DataError
 from components.common.manifest import SCORED_BEFORE, Manifest, manifest_key
 from components.common.store import Store
+from components.configure.config import RunSettings
 
 log = logging.getLogger("grpo")
 
@@ -19,6 +20,8 @@ POLICY_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 """Files of a model folder that make a policy; nothing executable among them."""
 INDEX = "model.safetensors.index.json"
 """File of a model in several shards that says which tensor lies in which."""
+RESTS_ON = ("model", "start_from", "start_run")
+"""Settings that the start policy depends on; a run may be resumed with others mended."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,19 @@ def describe(files: dict[str, Path]) -> dict[str, Any]:
     }
 
 
+def taken_up(store: Store, settings: RunSettings, run: str) -> Start | None:
+    """What this run itself took up before: a run that is resumed keeps its start, whatever was published since."""
+    wanted = settings.model_dump(mode="json", include=set(RESTS_ON))
+    listed = store.list(f"manifests/{settings.fine_tune}/{run}/")
+    for key in [stat.key for stat in listed if stat.key.endswith("/history.json")]:
+        history, here = _manifest(store, key), key.rpartition("/")[0]
+        policy = _manifest(store, f"{here}/policy.json")
+        if policy and history and wanted.items() <= history.metadata["settings"].items():
+            optimizer, reference = (_manifest(store, f"{here}/{name}.json") for name in ("optimizer", "reference"))
+            return Start(policy, optimizer, history, reference)
+    return None
+
+
 def latest(store: Store, fine_tune: str, *, but_run: str, run: str | None = None) -> Start:
     """The last checkpoint of a run of a fine-tune, or of the newest run but `but_run`.
 
@@ -153,8 +169,8 @@ def start_at(store: Store, policy: Manifest, *, with_optimizer: bool = True) -> 
     folder = f"manifests/{policy.fine_tune}/{policy.run}"
     here = f"{folder}/{policy.iteration or 0:04d}"
     optimizer = _manifest(store, f"{here}/optimizer.json") if with_optimizer else None
-    history = _manifest(store, f"{here}/evaluation.json") or _newest_evaluation(store, folder)
-    return Start(policy, optimizer, history, _manifest(store, f"{folder}/run/reference.json"))
+    history = _manifest(store, f"{here}/evaluation.json") or _newest(store, folder, "evaluation")
+    return Start(policy, optimizer, history, _newest(store, folder, "reference"))
 
 
 def scored_before(store: Store, policy: Manifest, *, keep: int = 2) -> list[dict[str, Any]]:
@@ -175,8 +191,8 @@ def scored_before(store: Store, policy: Manifest, *, keep: int = 2) -> list[dict
     return found
 
 
-def _newest_evaluation(store: Store, folder: str) -> Manifest | None:
-    keys = [stat.key for stat in store.list(folder + "/") if stat.key.endswith("/evaluation.json")]
+def _newest(store: Store, folder: str, name: str) -> Manifest | None:
+    keys = [stat.key for stat in store.list(folder + "/") if stat.key.endswith(f"/{name}.json")]
     return _manifest(store, max(keys)) if keys else None
 
 

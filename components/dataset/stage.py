@@ -38,7 +38,8 @@ def run(settings: str, policy: Path, prompts: Path) -> str:
 
 def _news(stage: Stage[DatasetSettings], prompts: Manifest) -> str:
     present = champion.read(stage.store, stage.context.fine_tune)
-    if present is None or present.dataset_digest != prompts.metadata["dataset_digest"]:
+    own = present is not None and present.run == stage.context.run  # resumed after it had moved the pointer itself
+    if present is None or own or present.dataset_digest != prompts.metadata["dataset_digest"]:
         return "new"
     log.info("the data set has not changed since %s was accepted (%s)", present.manifest, present.accepted)
     return "unchanged"

@@ -93,11 +93,8 @@ def _evaluate(stage: Stage[EvaluateSettings]) -> None:
     )
     records = history.extend(past.records, record)
     files = _write(stage, record, records, _prompts(past, held_out, record), _samples(stage, tables, past))
-    settings = stage.manifest("history").metadata.get("settings", {})
-    _track(stage, records, settings, files)
-    stage.publish(
-        "evaluation", kind="evaluation", files=files, metrics=held_out.metrics, metadata={"settings": settings}
-    )
+    _track(stage, records, stage.run_settings(), files)
+    stage.publish("evaluation", kind="evaluation", files=files, metrics=held_out.metrics)
     stage.progress(1, 1, **{name: held_out.metrics[name] for name in (metrics.PASS_AT_1,) if name in held_out.metrics})
 
 

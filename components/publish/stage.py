@@ -192,9 +192,8 @@ def _track(
 
     That is so whoever made it champion: one that MLflow was not told of, since it was down, is made up for.
     """
-    evaluation = stage.manifest("evaluation")
     return tracking.sync(
-        stage.context, records=records, settings=evaluation.metadata.get("settings", {}),
+        stage.context, records=records, settings=stage.run_settings(),
         artifacts=[folder / "report.html", folder / "history.json"],
         model=_model(stage, standing) if standing else None, finished=True,
     )  # fmt: skip

@@ -1,15 +1,26 @@
 """The harness: work is done once, appears when complete, and failures are told."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+import components
+from components.common import champion
+from components.common.champion import Champion
 from components.common.errors import AlreadyPublished, StageError
 from components.common.events import read_events
-from components.common.manifest import Manifest
-from components.common.settings import RunContext, Settings, dump_stage
+from components.common.manifest import Manifest, code_version
+from components.common.settings import RunContext, Settings, TrackingSettings, dump_stage
 from components.common.stage import Stage, run_stage
+
+COMPONENTS = Path(components.__file__).parent
 
 
 class Alpha(Settings):
@@ -25,9 +36,10 @@ def make(tmp_path, monkeypatch):
         fine_tune="f", run="r", store=(tmp_path / "store").as_uri(), seed=0, iterations=4, first_iteration=3
     )
 
-    def stage(alpha=1, **changes):
+    def stage(alpha=1, tracking=None, **changes):
         options = {"inputs": {}, "outputs": {"policy": tmp_path / "policy.json"}, "iteration": 0} | changes
-        return Stage("update", Alpha, dump_stage(context, Alpha(alpha=alpha)), **options)
+        told = context.model_copy(update={"tracking": TrackingSettings(**tracking or {})})
+        return Stage("update", Alpha, dump_stage(told, Alpha(alpha=alpha)), **options)
 
     stage.run_dir = run_dir
     return stage
@@ -36,7 +48,18 @@ def make(tmp_path, monkeypatch):
 def publish(stage):
     path = stage.work_dir / "weights.txt"
     path.write_text(f"alpha {stage.settings.alpha}")
-    stage.publish("policy", kind="policy", files={"weights.txt": path}, metrics={"loss": 0.5})
+    metadata = {"alpha": stage.settings.alpha}
+    stage.publish("policy", kind="policy", files={"weights.txt": path}, metrics={"loss": 0.5}, metadata=metadata)
+
+
+def fail(stage):
+    raise StageError("it was to be left alone")
+
+
+def published(make):
+    """What the store has under the stage's name."""
+    stage = make()
+    return Manifest.parse(stage.store.get_bytes(stage.key("policy")), where="policy")
 
 
 def test_outputs_carry_lineage_and_the_fine_tunes_iteration(make, tmp_path):
@@ -78,8 +101,85 @@ def test_lost_blobs_are_made_again(make, tmp_path):
 
 def test_other_settings_under_the_same_name_are_refused(make):
     run_stage(make(), publish)
+    (make.run_dir / "events.jsonl").unlink()  # as in a run directory that did not make it
     with pytest.raises(AlreadyPublished, match="start another run"):
         run_stage(make(alpha=2), publish)
+    assert published(make).metadata["alpha"] == 1
+
+
+def test_a_run_makes_its_own_work_anew_when_its_settings_were_mended(make):
+    run_stage(make(), publish)
+    with pytest.raises(StageError):
+        run_stage(make(alpha=2), fail)
+    assert published(make).metadata["alpha"] == 1  # nothing goes before its successor is there
+    run_stage(make(alpha=2), publish)
+    assert published(make).metadata["alpha"] == 2
+    run_stage(make(alpha=2), fail)  # and that is kept
+
+
+def test_what_became_champion_is_not_replaced(make):
+    run_stage(make(), publish)
+    manifest, stage = published(make), make()
+    champion.write(
+        stage.store, "f", Champion(
+            manifest=stage.key("policy"), digest=manifest.digest, evaluation="e", evaluation_digest="e", run="r",
+            iteration=3, metric="m", value=1.0, accepted="now",
+        ),
+    )  # fmt: skip
+    with pytest.raises(AlreadyPublished, match="champion"):
+        run_stage(make(alpha=2), publish)
+    assert published(make) == manifest
+
+
+def test_where_metrics_are_reported_to_is_no_other_work(make):
+    run_stage(make(), publish)
+    run_stage(make(tracking={"uri": "http://elsewhere"}), fail)
+
+
+def test_changed_code_is_other_work(make, monkeypatch):
+    run_stage(make(), publish)
+    monkeypatch.setattr("components.common.stage.code_version", lambda stage: "sha256:changed")
+    with pytest.raises(StageError):
+        run_stage(make(), fail)
+
+
+def test_the_code_version_is_that_of_the_files_wherever_they_lie(tmp_path):
+    copy = tmp_path / "components"
+    shutil.copytree(COMPONENTS, copy, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def version(stage):
+        code = f"from components.common.manifest import code_version; print(code_version({stage!r}))"
+        result = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return result.stdout.strip()
+
+    assert version("reward") == code_version("reward") != code_version("update")
+    with (copy / "reward" / "merge.py").open("a") as file:
+        file.write("# changed\n")
+    assert version("reward") != code_version("reward")
+    assert version("update") == code_version("update")
+    with (copy / "common" / "records.py").open("a") as file:
+        file.write("# changed\n")
+    assert version("update") != code_version("update")
+
+
+def test_sigterm_takes_the_work_directory_along(make, tmp_path):
+    places = []
+
+    def body(stage):
+        (stage.work_dir / "model").write_text("large")
+        places.append(stage.work_dir)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        run_stage(make(), body)
+    assert end.value.code == 128 + signal.SIGTERM and not places[0].exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert "SIGTERM" in read_events(make.run_dir)[-1]["error"]
 
 
 def test_a_failure_is_told_and_leaves_nothing(make, tmp_path):

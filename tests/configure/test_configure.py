@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from components.common import champion
+from components.common.champion import Champion
 from components.common.errors import ArtifactNotFound, DataError, SettingsError
-from components.common.manifest import Manifest
+from components.common.manifest import Manifest, content_digest, manifest_key
 from components.common.settings import load_stage
+from components.common.stage import Stage
+from components.common.store import open_store
 from components.configure.config import STAGE_SECTIONS
 from components.configure.stage import run
+from components.publish.config import PublishSettings
 from components.rollout.config import RolloutSettings
 
 OUTPUTS = ("policy", "optimizer", "reference", "history")
@@ -215,3 +220,52 @@ def test_going_on_from_the_latest_checkpoint(configure, tmp_path):
     assert policy.iteration == 5 and policy.run == "run-2" and policy.digest == first.digest
     context, _ = load_stage(RolloutSettings, str(texts["rollout_settings"]))
     assert context.first_iteration == 5
+
+
+def move_champion(tmp_path, policy):
+    """Says that `policy` was accepted."""
+    key = manifest_key("f", policy.run, policy.iteration, "policy")
+    store = open_store((tmp_path / "store").as_uri())
+    store.put_bytes(policy.dump(), key)
+    told = {"evaluation": "e", "evaluation_digest": "e", "metric": "m", "value": 1.0, "accepted": "now"}
+    champion.write(
+        store, "f", Champion(manifest=key, digest=policy.digest, run=policy.run, iteration=policy.iteration, **told)
+    )
+
+
+@pytest.mark.parametrize("run", ["run-1", "run-9"])
+def test_a_resumed_run_keeps_its_start_whoever_became_champion_since(configure, tmp_path, run):
+    paths, texts = configure(start_from="champion")
+    first = {role: path.read_bytes() for role, path in (paths | texts).items()}
+    move_champion(tmp_path, Manifest.load(paths["policy"]).model_copy(update={"iteration": 1, "run": run}))
+    paths, texts = configure(start_from="champion")
+    assert {role: path.read_bytes() for role, path in (paths | texts).items()} == first
+
+
+def test_mended_settings_of_other_stages_keep_the_start(configure):
+    paths, _ = configure(publish={"metric": "eval/pas@1"})
+    first = {role: Manifest.load(path) for role, path in paths.items()}
+    paths, texts = configure(publish={"metric": "eval/pass@1"}, seed=3)
+    assert all(Manifest.load(paths[role]) == first[role] for role in ("policy", "optimizer", "reference"))
+    assert Manifest.load(paths["history"]).metadata["settings"]["publish"]["metric"] == "eval/pass@1"
+    context, _ = load_stage(RolloutSettings, str(texts["rollout_settings"]))
+    assert context.seed == 3
+    publish = Stage("publish", PublishSettings, str(texts["publish_settings"]), inputs={}, outputs={})
+    assert publish.run_settings() == Manifest.load(paths["history"]).metadata["settings"]
+
+
+def test_mended_settings_must_fit_the_context_too(configure):
+    configure()
+    with pytest.raises(SettingsError, match="exceed the model's context"):
+        configure({"rollout.max_completion_length": 84})
+
+
+def test_the_reference_is_the_start_of_the_whole_fine_tune(configure, tmp_path, tiny_model):
+    paths, _ = configure(name="run-1")
+    base = Manifest.load(paths["policy"])
+    kept = tuple(file for file in base.files if file.name != "generation_config.json")  # stands for other weights
+    trained = base.model_copy(update={"iteration": 5, "files": kept, "digest": content_digest("policy", kept)})
+    open_store((tmp_path / "store").as_uri()).put_bytes(trained.dump(), manifest_key("f", "run-1", 5, "policy"))
+    paths, _ = configure(name="run-2", start_from="latest")
+    assert Manifest.load(paths["policy"]).digest == trained.digest != base.digest
+    assert Manifest.load(paths["reference"]).digest == base.digest

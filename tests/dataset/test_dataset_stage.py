@@ -6,8 +6,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from components.common import champion
+from components.common.champion import Champion
 from components.common.errors import ArtifactNotFound, DataError, SettingsError
+from components.common.settings import dump_stage
+from components.dataset.config import DatasetSettings
 from components.dataset.prompts import content_id
+from components.dataset.stage import run
 
 SUMS = [{"prompt": f"{a}+{b}=", "answer": a + b} for a in range(3) for b in range(4)]
 
@@ -93,6 +98,22 @@ def test_the_same_data_has_the_same_digest(case, plain_tokenizer_folder, write_r
     changed = [*SUMS[:-1], SUMS[-1] | {"answer": 99}]
     case.run(policy, source=write_rows(changed, "changed.jsonl"), num_eval=3)
     assert case.manifest.metadata["dataset_digest"] != first.metadata["dataset_digest"]
+
+
+@pytest.mark.parametrize(("by", "news"), [("another", "unchanged"), ("one", "new")])
+def test_data_is_unchanged_when_another_runs_champion_was_trained_on_it(
+    case, plain_tokenizer_folder, write_rows, tmp_path, by, news
+):
+    """A run that is resumed after it had moved the pointer itself goes on as it had begun."""
+    policy = case.policy(plain_tokenizer_folder)
+    prompts = case.run(policy, source=write_rows([{"prompt": f"{n}"} for n in range(4)]), num_eval=1)
+    told = {"manifest": "m", "digest": "d", "evaluation": "e", "evaluation_digest": "e", "iteration": 1, "metric": "m"}
+    digest = prompts.metadata["dataset_digest"]
+    champion.write(
+        case.store, "test", Champion(run=by, value=1.0, accepted="now", dataset_digest=digest, **told)
+    )  # fmt: skip
+    settings = DatasetSettings(chat_template=False, source=str(tmp_path / "rows.jsonl"), num_eval=1)
+    assert run(dump_stage(case.context, settings), policy, tmp_path / "prompts.json") == news
 
 
 def test_given_ids_are_kept(case, plain_tokenizer_folder, write_rows):

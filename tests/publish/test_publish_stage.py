@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from components.common import champion
 from components.common.errors import ArtifactError, SettingsError, StageError
 from components.common.manifest import Manifest
 from components.common.settings import dump_stage
-from components.publish import stage
+from components.publish import export, stage
 from components.publish.config import PublishSettings
 
 WRONG, HALF, ALL = (False, False), (True, False), (True, True)
@@ -178,6 +179,24 @@ def test_export_is_a_plain_folder_and_replaces_only_exports(make_story, fine_tun
     assert (story.folder / "home" / "thesis.txt").read_text() == "precious"
     publish(better, policy, evaluation, export_dir=str(target), name="second")
     assert (target / "weights.txt").read_text() == "run-2 2"
+    assert sorted(path.name for path in target.parent.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_an_export_is_always_there(make_story, fine_tune, monkeypatch, swaps):
+    """The folder is never moved away where the file system swaps; elsewhere the new model takes its place as well."""
+    story, moved = make_story(), []
+    target = story.folder / "model"
+    policy, evaluation = fine_tune(story, [WRONG, HALF])
+    publish(story, policy, evaluation, export_dir=str(target))
+    policy, evaluation = fine_tune(make_story(run="run-2"), [ALL], first=2, history=evaluation)
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, to: (moved.append(path), rename(path, to))[1])
+    if not swaps:
+        monkeypatch.setattr(export, "_swap", lambda one, other: False)
+    export.export(Manifest.load(policy), str(target))
+    assert (target / "weights.txt").read_text() == "run-2 2" and (target in moved) is not swaps
+    assert [path.name for path in story.folder.glob(".model.*")] == []
 
 
 def test_the_command_line_is_the_same_stage(make_story, fine_tune, tmp_path):

@@ -1,17 +1,20 @@
 """The `grpo` command. Heavy imports wait until a command needs them, so `--help` answers at once."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from components.common.errors import ArtifactNotFound, GrpoError
+from components.common.errors import ArtifactNotFound, GrpoError, StageError
 from pipeline import cli_artifacts, cli_checks, cli_cluster
 from pipeline.options import Overrides, SettingsFile
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from pipeline.runs import RunDir
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,43 +40,50 @@ def run(
     """Run the pipeline on this machine, every stage a process."""
     from rich.console import Console
 
+    from components.common.events import read_events
+    from components.common.store import open_store
     from pipeline.live import Watcher
     from pipeline.local import run_here
     from pipeline.runs import find_run, new_run
     from pipeline.settings import load
 
     settings = load(file, overrides or [])
-    here = find_run(settings.fine_tune) if resume else new_run(settings.fine_tune)
+    here = find_run(settings.fine_tune) if resume else new_run(settings.fine_tune, open_store(settings.store))
     if resume and here.state == "done":
         raise GrpoError(f"{here.fine_tune}/{here.name} is done; start the next run without --resume")
     console = Console(highlight=False)
     title = f"{here.fine_tune}/{here.name}"
     begun = f"[bold]{title}[/]  {settings.iterations} iterations from {settings.model}; logs in {here.path}/logs"
     console.print(begun, soft_wrap=True)
-    context = settings.context(run=here.name, first_iteration=0)
+    watcher = Watcher(console, title, iterations=settings.iterations, earlier=len(read_events(here.path)))
+    chosen = [word for override in overrides or [] for word in ("--set", override)]
+    again = shlex.join(["grpo", "run", str(file), *chosen, "--resume"])
     try:
-        with Watcher(console, title, context) as watch:
+        with watcher as watch:
             run_here(here, settings, watch)
     except KeyboardInterrupt:
-        console.print(f"interrupted; go on with: grpo run {file} --resume")
+        console.print(f"interrupted; go on with: {again}", soft_wrap=True, markup=False)
         raise typer.Exit(130) from None
-    _summarise(here.path, console)
+    except StageError as error:
+        hint = f"\nwhen that is mended, go on with: {again}" if here.state == "failed" else ""
+        raise StageError(f"{error}{hint}") from None
+    _summarise(here, console)
 
 
-def _summarise(run_dir: Path, console: "Console") -> None:
+def _summarise(run: "RunDir", console: "Console") -> None:
     from components.common.events import read_events
     from pipeline.progress import iteration_records, iteration_table
-    from pipeline.reports import export_report
+    from pipeline.reports import export_report, verdict
 
     try:
-        report = export_report(run_dir)
+        report = export_report(run.path)
     except ArtifactNotFound:
         console.print("nothing was trained: the data set has not changed since the champion was accepted")
         return
-    console.print(iteration_table(iteration_records(read_events(run_dir))))
-    if report.summary:
-        console.print(report.summary)
-    console.print(f"report: {report.path}")
+    console.print(iteration_table(iteration_records(read_events(run.path))))
+    for line in (*report.sentences, verdict(run)):
+        console.print(line, soft_wrap=not console.is_terminal)
+    console.print(f"report: {report.path}", soft_wrap=True)
 
 
 @app.command(name="compile")
@@ -114,12 +124,15 @@ def show(run: Run = None) -> None:
 
     from components.common.events import read_events
     from pipeline.progress import iteration_records, iteration_table
+    from pipeline.reports import verdict
     from pipeline.runs import find_run
 
     found = find_run(run)
     console = Console(highlight=False)
     console.print(f"[bold]{found.fine_tune}/{found.name}[/]  {found.state}")
     console.print(iteration_table(iteration_records(read_events(found.path))))
+    if found.state == "done":
+        console.print(verdict(found), soft_wrap=not console.is_terminal)
 
 
 @app.command()

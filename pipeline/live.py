@@ -8,19 +8,20 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from components.common.settings import RunContext
 from pipeline.progress import Progress, iteration_table
 
 
 class Watcher:
     """Takes a run's events again and again and shows what is new."""
 
-    def __init__(self, console: Console, title: str, context: RunContext) -> None:
+    def __init__(self, console: Console, title: str, *, iterations: int, earlier: int = 0) -> None:
+        """`earlier`: how many events there are from earlier tries of a run that is resumed."""
         self.console = console
         self.title = title
-        self.context = context
+        self.iterations = iterations
         self.started = time.monotonic()
-        self.shown = 0
+        self.earlier = self.shown = earlier
+        self.kept: list[str] = []
         self.live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> Self:
@@ -33,8 +34,8 @@ class Watcher:
             self.live.stop()
 
     def __call__(self, events: list[dict[str, Any]]) -> None:
-        progress = Progress.of(events, self.context)
         if self.live:
+            progress = Progress.of(events, iterations=self.iterations, since=self.earlier)
             self.live.update(self._view(progress))
         else:
             for event in events[self.shown :]:
@@ -44,19 +45,24 @@ class Watcher:
     def _view(self, progress: Progress) -> Group:
         elapsed = _clock(time.monotonic() - self.started)
         head = Text.assemble(
-            (self.title, "bold"), f"   iteration {progress.iteration} of {self.context.last_iteration}   {elapsed}"
+            (self.title, "bold"), f"   iteration {progress.iteration} of {progress.last_iteration}   {elapsed}"
         )
         stages = [Text(f"  {task.label}  {_clock(task.seconds)}  {task.detail}") for task in progress.running]
         table = iteration_table(progress.records, tail=12)
-        return Group(head, *(stages or [Text("  …", style="dim")]), table)
+        return Group(head, *(stages or [Text("  starting the next stage …", style="dim")]), table)
 
     def _line(self, event: Mapping[str, Any]) -> None:
         kind, task, clock = event["event"], event["task"], _clock(time.monotonic() - self.started)
+        if kind == "skipped":
+            self.kept.append(task)
+            return
+        if self.kept:
+            what = f"{len(self.kept)} stages, up to {self.kept[-1]}" if len(self.kept) > 1 else self.kept[0]
+            self.console.print(f"{clock}  kept from before: {what}", soft_wrap=True)
+            self.kept.clear()
         if kind == "done":
             figures = "  ".join(f"{name} {value:.4g}" for name, value in _headline(event).items())
             self.console.print(f"{clock}  {task:<20} {event['seconds']:6.1f} s  {figures}", soft_wrap=True)
-        elif kind == "skipped":
-            self.console.print(f"{clock}  {task:<20}  done before")
         elif kind == "failed":
             self.console.print(f"{clock}  {task:<20}  failed", style="red")
 

@@ -1,11 +1,13 @@
 """Runs a pipeline on this machine through Kubeflow Pipelines' own local runner.
 
-The runner lives in a child process whose output goes to the run's `logs/pipeline.log`; the parent watches the run's
-events. Every task is a process of its own, as it is a pod of its own on the cluster.
+The runner lives in a child process, the driver, whose output goes to the run's `logs/pipeline.log`; the parent watches
+the run's events. Every task is a process of its own, as it is a pod of its own on the cluster. The driver is in a
+session of its own and writes itself how the run ended: it outlives a closed terminal and a killed parent.
 """
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +27,8 @@ from pipeline.settings import PipelineSettings
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 15.0
 """What a stage gets to finish or drop its work before it is killed."""
+INTERRUPTED = 130
+"""Exit status of a driver that was told to end."""
 
 
 def run_here(run: RunDir, settings: PipelineSettings, watch: Callable[[list[dict[str, Any]]], None]) -> None:
@@ -37,92 +41,139 @@ def run_here(run: RunDir, settings: PipelineSettings, watch: Callable[[list[dict
     if settings.update.nodes > 1:
         raise StageError(f"update.nodes = {settings.update.nodes} needs a cluster; here: --set update.nodes=1")
     with locked(settings.fine_tune) as lock:
-        run.begin(settings.model_dump_json(indent=1))
-        earlier = len(read_events(run.path))
-        with _interruptible(), _child(run, lock) as child:
+        run.begin(settings)
+        earlier, logged = len(read_events(run.path)), _size(run.pipeline_log)
+        driver = _start(run, lock)
+        with _interruptible(driver):
             try:
-                while child.poll() is None:
+                while driver.poll() is None:
                     watch(read_events(run.path))
                     time.sleep(POLL_SECONDS)
-            except KeyboardInterrupt:
-                _stop(child)
-                run.end("interrupted")
-                raise
+            finally:
+                _stop(driver)
+                if run.state == "interrupted":  # it may have been killed before it could say so
+                    run.end("interrupted")
         events = read_events(run.path)
         watch(events)
-        run.end("done" if child.returncode == 0 else "failed")
-        if child.returncode != 0:
-            raise StageError(_reason(run, events[earlier:]))
+        if driver.returncode == INTERRUPTED:
+            raise KeyboardInterrupt
+        if driver.returncode != 0:
+            run.end("failed")
+            raise StageError(_reason(run, events[earlier:], logged))
+
+
+def _start(run: RunDir, lock: int) -> subprocess.Popen[bytes]:
+    environment = os.environ | {RUN_DIR_VARIABLE: str(run.path.resolve())}
+    command = [sys.executable, "-m", "pipeline.local", str(run.path)]
+    with run.pipeline_log.open("ab") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=log, env=environment, pass_fds=[lock], start_new_session=True
+        )
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does."""
+def _interruptible(driver: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt; coming again, they kill what is still there."""
+    told = []
 
     def interrupt(*_: object) -> None:
+        if told:
+            _kill(driver)
+            return
+        told.append(True)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-@contextmanager
-def _child(run: RunDir, lock: int) -> Iterator[subprocess.Popen[bytes]]:
-    """The process that drives the tasks, in a session of its own so that Ctrl-C reaches it through us alone."""
-    environment = os.environ | {RUN_DIR_VARIABLE: str(run.path.resolve())}
-    with run.pipeline_log.open("ab") as log:
-        command = [sys.executable, "-m", "pipeline.local", str(run.path)]
-        child = subprocess.Popen(
-            command, stdout=log, stderr=log, env=environment, pass_fds=[lock], start_new_session=True
-        )
-    try:
-        yield child
-    finally:
-        if child.poll() is None:
-            _stop(child)
+def _stop(driver: subprocess.Popen[bytes]) -> None:
+    """Lets the driver end its tasks, and kills what is left then, or what a killed driver left."""
+    if driver.poll() is None:
+        driver.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            driver.wait(2 * GRACE_SECONDS)
+    if driver.returncode is None or driver.returncode < 0:
+        _kill(driver)
+        driver.wait()
 
 
-def _stop(child: subprocess.Popen[bytes]) -> None:
-    """Ends a process and everything it started, gently first."""
+def _kill(driver: subprocess.Popen[bytes]) -> None:
     import psutil
 
-    try:
-        family = psutil.Process(child.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        family = []
-    child.kill()  # the runner first: it must not start the next task
+    family = []
+    with suppress(psutil.NoSuchProcess):
+        family = psutil.Process(driver.pid).children(recursive=True)
+    with suppress(ProcessLookupError):  # its group, which has the tasks of a driver that is gone
+        os.killpg(driver.pid, signal.SIGKILL)
     for process in family:
-        with suppress(psutil.NoSuchProcess):  # it ended by itself meanwhile
-            process.terminate()
-    _, alive = psutil.wait_procs(family, timeout=GRACE_SECONDS)
-    for process in alive:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    child.wait()
 
 
-def _reason(run: RunDir, events: list[dict[str, Any]]) -> str:
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _reason(run: RunDir, events: list[dict[str, Any]], logged: int) -> str:
+    """Why the run failed; `logged` is where its part of the pipeline's log begins."""
     failures = [event for event in events if event["event"] == "failed"]
     if failures:
         last = failures[-1]
         return f"{last['task']} failed: {last['error']}\n  its log: {last['log']}"
-    open_tasks = [event["task"] for event in events if event["event"] == "start"]
-    ended = {event["task"] for event in events if event["event"] != "start"}
-    killed = [task for task in open_tasks if task not in ended]
+    killed = list(_open_tasks(events))
     if killed:
         return f"{killed[-1]} was killed\n  its log: {run.path / 'logs' / killed[-1]}.log"
-    errors = re.findall(
-        r"^\s*([\w.]*(?:Error|Exception): .+)$", run.pipeline_log.read_text(errors="replace"), re.MULTILINE
-    )
-    told = [line for line in errors if "Inner task failed" not in line] or errors or ["for a reason it did not tell"]
-    return f"the pipeline could not run: {told[-1]}\n  its log: {run.pipeline_log}"
+    log = run.pipeline_log.read_bytes()[logged:].decode(errors="replace")
+    return f"{_outside_a_stage(log)}\n  its log: {run.pipeline_log}"
+
+
+def _outside_a_stage(log: str) -> str:
+    """What the log of a pipeline says of an error before or after the stage itself: the last one of ours, or any."""
+    task = re.findall(r"Inner task failed: \S*?'([\w-]+)'", log)
+    who = f"{task[-1]} failed" if task else "the pipeline could not run"
+    ours = re.findall(r"^ *components\.common\.errors\.\w+: (.+(?:\n *\S.*)*)", log, re.MULTILINE)
+    if ours:
+        return f"{who}: " + ours[-1].replace("\n    ", "\n")  # the runner indents what tasks print
+    errors = re.findall(r"^\s*([\w.]*(?:Error|Exception): .+)$", log, re.MULTILINE)
+    told = [line for line in errors if "Inner task failed" not in line] or ["for a reason it did not tell"]
+    return f"{who}: {told[-1]}"
+
+
+def _open_tasks(events: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Task → its start, of those that have not come to an end."""
+    found: dict[str, dict[str, Any]] = {}
+    for event in events:
+        if event["event"] == "start":
+            found[event["task"]] = event
+        elif event["event"] != "progress":
+            found.pop(event["task"], None)
+    return found
+
+
+# --- the driver, in the child process --------------------------------------------------------------------------------
 
 
 def drive(run: RunDir) -> None:
-    """Drives the tasks, in the child process; raises when one fails."""
+    """Drives the tasks and says how the run ended; raises when one fails."""
+    run.running(os.getpid())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: _end(run))
+    _tidy(run)
+    try:
+        _drive(run)
+    except BaseException:
+        _tidy(run)
+        run.end("failed")
+        raise
+    run.end("done")
+
+
+def _drive(run: RunDir) -> None:
     from kfp import local
 
     from pipeline.graph import build
@@ -132,6 +183,34 @@ def drive(run: RunDir) -> None:
     root = run.path.resolve() / "kfp"
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root), raise_on_error=True)
     build(settings, on_cluster=False)(run=run.name)
+
+
+def _end(run: RunDir) -> None:
+    """Ends all tasks, gently first, and the driver; nothing can start a further stage, since this thread would."""
+    import psutil
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    while family := psutil.Process().children(recursive=True):
+        for process in family:
+            with suppress(psutil.NoSuchProcess):  # it ended by itself meanwhile
+                process.terminate()
+        _, alive = psutil.wait_procs(family, timeout=GRACE_SECONDS)
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        time.sleep(POLL_SECONDS)  # the threads that run shards may just have started another
+    _tidy(run)
+    run.end("interrupted")
+    os._exit(INTERRUPTED)
+
+
+def _tidy(run: RunDir) -> None:
+    """Removes the work directories of stages that were killed."""
+    for task, event in _open_tasks(read_events(run.path)).items():
+        folder = Path(event["work_dir"])
+        if folder.name.startswith(f"grpo-{task}-"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

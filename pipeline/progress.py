@@ -6,19 +6,17 @@ from typing import Any
 
 from rich.table import Table
 
-from components.common.settings import RunContext
-
 COLUMNS = (
-    ("reward", "reward", "{:.3f}"),
-    ("pass@1", "eval/pass@1", "{:.1%}"),
-    ("KL", "kl", "{:.4f}"),
-    ("entropy", "entropy", "{:.3f}"),
-    ("clipped", "clip_ratio/region_mean", "{:.3f}"),
-    ("length", "completions/mean_length", "{:.1f}"),
-    ("loss", "loss", "{:+.4f}"),
+    ("pass@1", "evaluate", "eval/pass@1", "{:.1%}"),
+    ("reward", "reward", "reward", "{:.3f}"),
+    ("length", "reward", "completions/mean_length", "{:.1f}"),
+    ("KL", "update", "kl", "{:.4f}"),
+    ("entropy", "update", "entropy", "{:.3f}"),
+    ("clip", "update", "clip_ratio/region_mean", "{:.3f}"),
+    ("loss", "update", "loss", "{:+.4f}"),
 )
-"""Heading, metric, format: what is shown of an iteration."""
-ERRORS = ("errors", "reward/errors", "{:.0f}")
+"""Heading, stage that tells it, metric, format: what is shown of a policy."""
+ERRORS = ("errors", "reward", "reward/errors", "{:.0f}")
 """Shown when reward functions failed on a completion."""
 
 
@@ -36,15 +34,16 @@ class Progress:
     """A run so far."""
 
     iteration: int
+    last_iteration: int
     running: list[RunningTask]
     records: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, events: list[dict[str, Any]], context: RunContext) -> "Progress":
-        """Reads a run's events."""
+    def of(cls, events: list[dict[str, Any]], *, iterations: int, since: int = 0) -> "Progress":
+        """Reads a run's events; those before `since` are of earlier tries, of which nothing is running any more."""
         open_tasks: dict[str, dict[str, Any]] = {}
         detail: dict[str, str] = {}
-        for event in events:
+        for event in events[since:]:
             if event["event"] == "start":
                 open_tasks[event["task"]] = event
             elif event["event"] == "progress":
@@ -54,9 +53,9 @@ class Progress:
         running = [
             RunningTask(task, time.time() - event["time"], detail.get(task, "")) for task, event in open_tasks.items()
         ]
-        numbers = [event["iteration"] for event in events if event["iteration"] is not None]
-        newest = min(max(numbers, default=context.first_iteration), context.last_iteration)
-        return cls(newest, running, iteration_records(events))
+        numbers = [event["iteration"] for event in events[since:] if event["iteration"] is not None]
+        last = min(numbers, default=0) + iterations  # configure comes first and has the start policy's
+        return cls(min(max(numbers, default=0), last), last, running, iteration_records(events))
 
 
 def _describe(event: dict[str, Any]) -> str:
@@ -66,24 +65,32 @@ def _describe(event: dict[str, Any]) -> str:
 
 
 def iteration_records(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One record an iteration: the metrics its stages reported, and the seconds they took."""
+    """One record a policy, as in the report: how it was sampled and judged, and the update that made it.
+
+    So the update of iteration *i* belongs to record *i + 1*, with its seconds.
+    """
     records: dict[int, dict[str, Any]] = {}
     for event in events:
-        if event["event"] in ("done", "skipped") and event["iteration"] is not None and event["stage"] != "configure":
-            record = records.setdefault(event["iteration"], {"iteration": event["iteration"], "seconds": 0.0})
-            record.update(event.get("metrics", {}))
+        stage = event["stage"]
+        if event["event"] in ("done", "skipped") and stage in ("rollout", "reward", "evaluate", "update"):
+            number = event["iteration"] + (stage == "update")
+            record = records.setdefault(number, {"iteration": number, "seconds": {}})
+            told = event.get("metrics", {})
+            record |= {
+                name: told[name] for _, source, name, _ in (*COLUMNS, ERRORS) if source == stage and name in told
+            }
             if event["event"] == "done":
-                record["seconds"] += event["seconds"]
+                record["seconds"][event["task"]] = event["seconds"]
     return [records[number] for number in sorted(records)]
 
 
 def iteration_table(records: list[dict[str, Any]], *, tail: int | None = None) -> Table:
     """The iterations as a table; only the last `tail` when given."""
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    columns = [*COLUMNS, ERRORS] if any(record.get(ERRORS[1]) for record in records) else COLUMNS
-    for heading in ("iteration", *(heading for heading, _, _ in columns), "seconds"):
-        table.add_column(heading, justify="right")
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
+    columns = [*COLUMNS, ERRORS] if any(record.get(ERRORS[2]) for record in records) else COLUMNS
+    for heading in ("update", *(column[0] for column in columns), "seconds"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for record in records[-tail:] if tail else records:
-        cells = [form.format(record[name]) if name in record else "" for _, name, form in columns]
-        table.add_row(str(record["iteration"]), *cells, f"{record['seconds']:.0f}")
+        cells = [form.format(record[name]) if name in record else "" for _, _, name, form in columns]
+        table.add_row(str(record["iteration"]), *cells, f"{sum(record['seconds'].values()):.0f}")
     return table

@@ -131,7 +131,7 @@ def watch(
             return {}
 
     events, news, state, tasks = TaskEvents(metrics), PodNews(namespace), "", []
-    with Watcher(console, context.fine_tune, context) as show:
+    with Watcher(console, context.fine_tune, iterations=context.iterations) as show:
         for run, tasks in follow(client, run_id):
             state = run.state
             events.take(tasks)

@@ -243,7 +243,7 @@ def test_a_resumed_run_keeps_its_start_whoever_became_champion_since(configure, 
 
 
 def test_mended_settings_of_other_stages_keep_the_start(configure):
-    paths, _ = configure(publish={"metric": "eval/pas@1"})
+    paths, _ = configure(publish={"metric": "eval/reward"})
     first = {role: Manifest.load(path) for role, path in paths.items()}
     paths, texts = configure(publish={"metric": "eval/pass@1"}, seed=3)
     assert all(Manifest.load(paths[role]) == first[role] for role in ("policy", "optimizer", "reference"))

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -167,6 +168,98 @@ def test_the_disturbed_run_equals_the_undisturbed_bit_for_bit(project, finished,
     assert policies(project, "disturbed", "run-0001") == policies(project, "tiny", "run-0001")
 
 
+@pytest.fixture(scope="module")
+def mended(project):
+    """A run that failed in a stage, resumed with that stage's settings mended and those of others changed."""
+    start = ["run", "settings.toml", "--set", "fine_tune=mended", "--set", "iterations=1"]
+    failed = grpo(project, *start, "--set", "update.health.min_entropy=99", ok=False)
+    tried = len(read_events(project / "runs/mended/run-0001"))
+    changed = ["--set", "publish.min_improvement=-1", "--set", "evaluate.k_values=[2]"]
+    resumed = grpo(project, *start, *changed, "--resume")
+    return failed, tried, resumed
+
+
+def test_a_failed_run_says_why_and_the_very_command_to_go_on_with(mended):
+    failed, _, _ = mended
+    assert failed.returncode == 1 and "update-0000 failed: " in failed.stderr and "min_entropy" in failed.stderr
+    sets = "--set fine_tune=mended --set iterations=1 --set update.health.min_entropy=99"
+    assert f"go on with: grpo run settings.toml {sets} --resume" in failed.stderr
+
+
+def test_mended_settings_are_resumed_and_only_what_they_change_runs_again(project, mended):
+    _, tried, resumed = mended
+    events = read_events(project / "runs/mended/run-0001")
+    again = [event["task"] for event in events[tried:] if event["event"] == "done"]
+    assert again == ["evaluate-0000", "update-0000", "rollout-0001", "reward-0001", "evaluate-0001", "publish"]
+    assert RunDir(project / "runs/mended/run-0001").state == "done"
+    assert "kept from before: 4 stages, up to reward-0000" in resumed.stdout and "dataset  " not in resumed.stdout
+
+
+def test_the_verdict_is_in_the_closing_lines_and_in_show(project, mended):
+    verdict = "accepted: eval/pass@1 is "
+    assert verdict in mended[2].stdout and verdict in grpo(project, "show", "mended").stdout
+    assert "**" not in mended[2].stdout and mended[2].stdout.count("pass@1  ") == 1  # one table
+
+
+def test_a_run_outlives_its_parent_and_can_still_be_stopped(project):
+    start = [*GRPO, "run", "settings.toml", "--set", "fine_tune=orphan"]
+    first = subprocess.Popen(start, cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(project, "orphan", "dataset")
+    family = psutil.Process(first.pid).children(recursive=True)
+    first.kill()
+    first.wait()
+    assert "orphan/run-0001  running" in grpo(project, "show", "orphan").stdout
+    refused = grpo(project, "run", "settings.toml", "--set", "fine_tune=orphan", ok=False).stderr
+    (driver,) = re.findall(r"`kill (\d+)`", refused)
+    os.kill(int(driver), signal.SIGTERM)
+    _, alive = psutil.wait_procs(family, timeout=PATIENCE_SECONDS)
+    assert alive == [] and "orphan/run-0001  interrupted" in grpo(project, "show", "orphan").stdout
+    work = [event["work_dir"] for event in read_events(project / "runs/orphan/run-0001") if "work_dir" in event]
+    assert work and not any(Path(folder).exists() for folder in work)
+
+
+STUBBORN = """
+import signal, subprocess, sys, time
+from pathlib import Path
+from pipeline import local
+from pipeline.runs import RunDir
+from pipeline.settings import load
+
+def stage_that_ignores_sigterm(run):
+    code = "import signal, sys, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+    subprocess.Popen([sys.executable, "-c", code], stdout=Path("up").open("w")).wait()
+
+local.GRACE_SECONDS = 600
+if len(sys.argv) == 2:  # the driver
+    local._drive = stage_that_ignores_sigterm
+    local.drive(RunDir(Path(sys.argv[1])))
+else:
+    popen = subprocess.Popen
+    command = lambda given: [sys.executable, __file__, given[-1]]
+    subprocess.Popen = lambda given, **options: popen(command(given) if "pipeline.local" in given else given, **options)
+    settings = load(Path("settings.toml"), ["fine_tune=stubborn"])
+    local.run_here(RunDir(Path("runs/stubborn/run-0001")), settings, lambda events: None)
+"""
+
+
+def test_a_second_ctrl_c_kills_at_once_and_the_state_is_written(project):
+    (project / "stubborn.py").write_text(STUBBORN)
+    parent = subprocess.Popen([sys.executable, "stubborn.py"], cwd=project, stderr=subprocess.PIPE, text=True)
+    up, deadline = project / "up", time.monotonic() + PATIENCE_SECONDS
+    while not (up.exists() and up.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    family = psutil.Process(parent.pid).children(recursive=True)
+    assert len(family) == 2
+    parent.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):  # the stage has its grace
+        parent.wait(3)
+    parent.send_signal(signal.SIGINT)
+    _, told = parent.communicate(timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert alive == [] and told.rstrip().endswith("KeyboardInterrupt")
+    assert RunDir(project / "runs/stubborn/run-0001").state == "interrupted"
+
+
 def test_a_finished_run_is_not_resumed(project, finished):
     result = grpo(project, "run", "settings.toml", "--resume", ok=False)
     assert result.returncode == 1 and "is done" in result.stderr
@@ -221,6 +314,7 @@ def test_a_recurring_run_ends_early_until_the_data_changes(project, finished):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("start_from=latest", 'has no checkpoint to go on from; use start_from = "base"'),
         ("rollout.grup_size=4", "did you mean rollout.group_size?"),
         ("model=./nowhere", "no folder"),
         ("dataset.prompt_column=question", "question"),

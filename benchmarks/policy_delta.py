@@ -2,6 +2,7 @@
 
     python benchmarks/policy_delta.py                        # trains an 84 M-parameter model at 1e-6 and 1e-5
     python benchmarks/policy_delta.py --store runs/store     # patches between the policies of real runs
+    python benchmarks/policy_delta.py --codec                # the codec alone, at given shares of changed values
 
 The model (Qwen3 shape, random weights) is trained by policy gradient on completions sampled from itself: groups of 4,
 advantages normalised in the group, AdamW (0.9, 0.999) on float32 master weights, gradient norm held at 1. Policies are
@@ -10,6 +11,7 @@ Speeds are GB of model a CPU second of one thread, from the codec alone, without
 """
 
 import argparse
+import json
 import platform
 import sys
 import tempfile
@@ -23,6 +25,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 WARM_STEPS = 16
+CODEC_SHARES = (0.001, 0.01, 0.1, 0.37)
+CODEC_VALUES = 67_000_000
+"""bf16 values of the codec's own measurement: 134 MB."""
 LEARNING_RATES = (1e-6, 1e-5)
 SHAPES = {
     84: {"hidden_size": 640, "intermediate_size": 1920, "num_hidden_layers": 12, "vocab_size": 32_000},
@@ -144,25 +149,54 @@ def stored_rows(url: str, folder: Path) -> Iterator[list[str]]:
             yield [after.name, name, *measure(paths[0] / name, paths[1] / name, folder)]
 
 
+def codec_rows(count: int, folder: Path) -> Iterator[list[str]]:
+    """A row for each share of values that moved by one unit in the last place, of weights like a model's."""
+    import numpy as np
+
+    from components.common import delta_block
+
+    random = np.random.default_rng(0)
+    weights = ((random.standard_normal(count, dtype=np.float32) * 0.02).view(np.uint32) >> 16).astype(np.uint16)
+    base = save_bits(weights, folder / "base")
+    for share in CODEC_SHARES:
+        later = weights.copy()
+        where = random.random(count, dtype=np.float32) < share
+        steps = random.integers(0, 2, int(where.sum()), dtype=np.int16) * 2 - 1
+        later[where] = delta_block._move(weights[where], steps)
+        yield measure(base, save_bits(later, folder / "new"), folder)
+
+
+def save_bits(values: Any, path: Path) -> Path:
+    """A safetensors file of one bf16 tensor, from its bits: numpy has no bf16."""
+    head = json.dumps({"w": {"dtype": "BF16", "shape": [len(values)], "data_offsets": [0, values.nbytes]}}).encode()
+    path.write_bytes(len(head).to_bytes(8, "little") + head + values.tobytes())
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--millions", type=int, default=84, choices=list(SHAPES))
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 4, 16], help="optimizer steps an iteration")
     parser.add_argument("--tokens", type=int, default=24, help="tokens of a completion")
     parser.add_argument("--store", help="measure the policies of this store instead of training")
+    parser.add_argument("--codec", action="store_true", help="measure the codec on made-up steps instead of training")
+    parser.add_argument("--values", type=int, default=CODEC_VALUES, help="bf16 values that --codec takes")
     options = parser.parse_args()
-    first = ["policy", "file"] if options.store else ["learning rate", "steps"]
+    first = ["policy", "file"] if options.store else [] if options.codec else ["learning rate", "steps"]
     header = [*first, "changed", "smaller", "patch", "bits a change", "encode, GB/s a core", "decode, GB/s a core"]
-    what = options.store or f"{options.millions} M parameters"
+    what = options.store or (
+        f"{2 * options.values / 1e6:.0f} MB of bf16" if options.codec else f"{options.millions} M parameters"
+    )
     print(f"{time.strftime('%Y-%m-%d')}, {platform.processor() or platform.machine()}, {what}\n")
     print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = (
-            stored_rows(options.store, folder)
-            if options.store
-            else trained_rows(options.millions, options.steps, options.tokens, folder)
-        )
+        if options.store:
+            rows = stored_rows(options.store, folder)
+        elif options.codec:
+            rows = codec_rows(options.values, folder)
+        else:
+            rows = trained_rows(options.millions, options.steps, options.tokens, folder)
         for row in rows:
             print("| " + " | ".join(row) + " |", flush=True)
 

@@ -1,5 +1,6 @@
 """`grpo artifacts`: what is in the store, where it came from, whether it is whole, and what can go."""
 
+import json
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -10,6 +11,7 @@ import typer
 if TYPE_CHECKING:
     from components.common.gc import Plan
     from components.common.lineage import Node, Recorded
+    from components.common.manifest import Manifest
     from components.common.store import Store
 
 app = typer.Typer(no_args_is_help=True, help="Look into the object store: list, show, trace, fetch, verify, collect.")
@@ -81,11 +83,39 @@ def _stored(one: "Recorded") -> int:
 
 
 @app.command()
-def show(artifact: Reference, store: StoreUrl = DEFAULT_STORE) -> None:
-    """Print an artifact's manifest."""
+def show(
+    artifact: Reference,
+    store: StoreUrl = DEFAULT_STORE,
+    prompt: Annotated[str, typer.Option(help="Id of a prompt: print its completions instead, a JSON line each.")] = "",
+) -> None:
+    """Print an artifact's manifest, or what it holds of one prompt."""
     from components.common.lineage import find
 
-    typer.echo(find(_open(store), artifact).manifest.dump().decode(), nl=False)
+    opened = _open(store)
+    manifest = find(opened, artifact).manifest
+    if not prompt:
+        typer.echo(manifest.dump().decode(), nl=False)
+        return
+    for row in _samples(opened, manifest, prompt):
+        typer.echo(json.dumps(row, ensure_ascii=False))
+
+
+def _samples(store: "Store", manifest: "Manifest", prompt: str) -> list[dict[str, Any]]:
+    """Completions of a prompt in a rollout or scored artifact."""
+    import tempfile
+
+    from components.common import artifacts, scored
+    from components.common.errors import SettingsError
+
+    tables = [name for name in manifest.names if name.endswith(".parquet")]
+    with tempfile.TemporaryDirectory() as folder:
+        artifacts.fetch(store, manifest, Path(folder), tables)
+        found = scored.samples_of(Path(folder), prompt)
+    if not found:
+        raise SettingsError(
+            f"--prompt: no completions of {prompt!r} in this {manifest.kind} artifact; want a prompt_id of a rollout's"
+        )
+    return found
 
 
 @app.command()

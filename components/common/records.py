@@ -3,7 +3,7 @@
 # P prompts, G completions a prompt (a group), T tokens
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # pyarrow is imported where a table is touched, so that `--he
 
 SCHEMA_VERSION = 1
 ROWS_PER_GROUP = 1024
-"""Rows of a Parquet row group: what a reader takes at a time."""
+"""Rows of a Parquet row group, what a reader takes at a time: as many whole groups of completions as fit."""
 
 SPLITS = ("train", "eval")
 REWARD_PREFIX = "rewards/"
@@ -74,11 +74,26 @@ def write_table(table: "pa.Table", path: Path, fields: "Mapping[str, pa.DataType
     ]
     texts = [field.name for field in table.schema if not pa.types.is_list(field.type)]
     encoding = dict.fromkeys(numeric_lists, "BYTE_STREAM_SPLIT")
-    pq.write_table(
-        table, path, compression="zstd", compression_level=1, row_group_size=ROWS_PER_GROUP,
-        use_dictionary=texts, column_encoding=encoding or None,
+    writer = pq.ParquetWriter(
+        path, table.schema, compression="zstd", compression_level=1, use_dictionary=texts,
+        column_encoding=encoding or None,
     )  # fmt: skip
+    with writer:
+        for start, stop in _row_groups(table):
+            writer.write_table(table.slice(start, stop - start), row_group_size=max(1, stop - start))
     return path
+
+
+def _row_groups(table: "pa.Table") -> Iterator[tuple[int, int]]:
+    """Start and end row of each row group; no group of completions is divided."""
+    groups = iter_groups(table) if "prompt_id" in table.column_names else ((row, row + 1) for row in range(len(table)))
+    first = last = 0
+    for start, stop in groups:
+        if stop - first > ROWS_PER_GROUP and start > first:
+            yield first, start
+            first = start
+        last = stop
+    yield first, last
 
 
 def read_table(path: Path, fields: "Mapping[str, pa.DataType]", columns: Sequence[str] | None = None) -> "pa.Table":
@@ -87,17 +102,58 @@ def read_table(path: Path, fields: "Mapping[str, pa.DataType]", columns: Sequenc
     Raises:
         DataError: not Parquet, of another schema version, or a column missing or of another type.
     """
+    return _read(path, fields, columns, lambda file: range(file.num_row_groups))
+
+
+def read_prompts(
+    path: Path, fields: "Mapping[str, pa.DataType]", prompts: Collection[str], columns: Sequence[str] | None = None
+) -> "pa.Table":
+    """Rows of some prompts, checked like `read_table`'s; only the row groups that hold them are read.
+
+    Statistics rule out the row groups all of whose ids lie elsewhere; of the others the ids alone are read first.
+
+    Raises:
+        DataError: as `read_table`.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    wanted = pa.array(sorted(prompts), pa.string())
+
+    def holds(file: Any, number: int) -> bool:
+        group = file.metadata.row_group(number)
+        places = [place for place in range(group.num_columns) if group.column(place).path_in_schema == "prompt_id"]
+        found = group.column(places[0]).statistics if places else None
+        if found is not None and found.has_min_max and not any(found.min <= one <= found.max for one in prompts):
+            return False
+        ids = file.read_row_group(number, columns=["prompt_id"]).column(0)
+        return bool(pc.any(pc.is_in(ids, wanted)).as_py())
+
+    def pick(file: Any) -> list[int]:
+        return [number for number in range(file.num_row_groups) if holds(file, number)]
+
+    also = None if columns is None else list(dict.fromkeys(["prompt_id", *columns]))
+    table = _read(path, fields, also, pick)
+    return table.filter(pc.is_in(table.column("prompt_id"), wanted))
+
+
+def _read(
+    path: Path,
+    fields: "Mapping[str, pa.DataType]",
+    columns: Sequence[str] | None,
+    row_groups: Callable[[Any], Sequence[int]],
+) -> "pa.Table":
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path)
-        table = file.read(columns=list(columns) if columns is not None else None)
+        with pq.ParquetFile(path) as file:
+            _check_version(file.schema_arrow.metadata, path)
+            table = file.read_row_groups(row_groups(file), columns=None if columns is None else list(columns))
     except FileNotFoundError:
         raise DataError(f"no table at {path}") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path.name} is not a readable Parquet file: {error}") from None
-    _check_version(file.schema_arrow.metadata, path)
     wanted = {name: kind for name, kind in fields.items() if columns is None or name in columns}
     return _conform(table, wanted, where=path.name)
 

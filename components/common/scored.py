@@ -8,15 +8,24 @@ follow the rows of those files in the order of their names. Written by reward, r
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from components.common.errors import DataError
-from components.common.records import REWARD_PREFIX, completion_fields, read_table, reward_fields
+from components.common.records import (
+    REWARD_PREFIX,
+    SPLITS,
+    completion_fields,
+    read_prompts,
+    read_table,
+    reward_fields,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 KEYS = ("prompt_id", "sample_index")
+SHOWN = ("sample_index", "prompt", "completion", "finish_reason", "policy_digest")
+"""What people want to see of a completion."""
 
 
 def shard_file(split: str, position: int, num_shards: int) -> str:
@@ -59,6 +68,26 @@ def read_scored(folder: Path, split: str, columns: Sequence[str] | None = None) 
         if name not in KEYS and (wanted is None or name in wanted):
             completions = completions.append_column(rewards.schema.field(name), rewards.column(name))
     return completions
+
+
+def samples_of(folder: Path, prompt_id: str) -> list[dict[str, Any]]:
+    """Completions of one prompt, of whatever split, in the files of a rollout or scored artifact; with their rewards,
+    where they have been scored.
+
+    Raises:
+        DataError: a file is unreadable.
+    """
+    names = [path.name for path in folder.iterdir()]
+    found: list[dict[str, Any]] = []
+    for split in SPLITS:
+        rewards = {}
+        if rewards_file(split) in names:
+            table = read_prompts(folder / rewards_file(split), reward_fields([]), [prompt_id])
+            rewards = {row["sample_index"]: row for row in table.to_pylist()}
+        for name in completion_files(names, split):
+            table = read_prompts(folder / name, completion_fields(), [prompt_id], SHOWN)
+            found += [{"split": split} | row | rewards.get(row["sample_index"], {}) for row in table.to_pylist()]
+    return found
 
 
 def _read_completions(path: Path, wanted: "set[str] | None") -> "pa.Table":

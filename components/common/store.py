@@ -131,6 +131,7 @@ class FileStore:
             shutil.copyfile(path, temporary)
             _flush(temporary)
             os.replace(temporary, self.path(key))
+            _flush(temporary.parent)
 
     def get_file(self, key: str, path: Path) -> None:
         """Copies an object and checks it when its name says what it holds.
@@ -151,22 +152,28 @@ class FileStore:
             got = file_digest(path).removeprefix("blake3:") if named else ""
         if named and got != named.group(1):
             path.unlink()
-            raise DigestMismatch(f"{self.url}: {key} was changed or cut: it holds {got}; delete it and make it again")
+            raise self._changed(key, got)
 
     def put_bytes(self, data: bytes, key: str, *, if_absent: bool = False, instead_of: bytes | None = None) -> bool:
         with self._incoming(key) as temporary:
             temporary.write_bytes(data)
             _flush(temporary)
             if instead_of is not None:
-                return self._replace(temporary, key, instead_of)
-            if not if_absent:
+                done = self._replace(temporary, key, instead_of)
+            elif if_absent:
+                done = self._link(temporary, key)
+            else:
                 os.replace(temporary, self.path(key))
-                return True
-            try:
-                os.link(temporary, self.path(key))  # fails when the name is taken: one winner among racing writers
-            except FileExistsError:
-                return False
-            return True
+                done = True
+            _flush(temporary.parent)
+            return done
+
+    def _link(self, temporary: Path, key: str) -> bool:
+        try:
+            os.link(temporary, self.path(key))  # fails when the name is taken: one winner among racing writers
+        except FileExistsError:
+            return False
+        return True
 
     def _replace(self, temporary: Path, key: str, before: bytes) -> bool:
         target = self.path(key)
@@ -181,11 +188,25 @@ class FileStore:
             os.close(folder)
 
     def get_bytes(self, key: str) -> bytes:
+        """Reads a whole object and checks it when its name says what it holds.
+
+        Raises:
+            ArtifactNotFound, DigestMismatch, StoreError
+        """
+        from blake3 import blake3
+
         with disk_errors(f"read {self.url}/{key}"):
             try:
-                return self.path(key).read_bytes()
+                data = self.path(key).read_bytes()
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 raise ArtifactNotFound(f"{self.url}: no object {key}") from None
+        named = BLOB.search(key)
+        if named and (got := blake3(data).hexdigest()) != named.group(1):
+            raise self._changed(key, got)
+        return data
+
+    def _changed(self, key: str, got: str) -> DigestMismatch:
+        return DigestMismatch(f"{self.url}: {key} was changed or cut: it holds {got}; delete it and make it again")
 
     def stat(self, key: str) -> Stat | None:
         with disk_errors(f"look up {self.url}/{key}"):
@@ -234,7 +255,7 @@ class FileStore:
         """A temporary file beside its target; gone afterwards whatever happens."""
         target = self.path(key)
         with disk_errors(f"write {target}"):
-            target.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(target.parent)
             handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=target.parent)
             os.fchmod(handle, 0o644)
             os.close(handle)
@@ -244,6 +265,18 @@ class FileStore:
                 Path(name).unlink(missing_ok=True)
 
 
+def _make_folder(path: Path) -> None:
+    """With those above it; their names are on the disk before anything lies in them."""
+    if not path.is_dir():
+        _make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        _flush(path.parent)
+
+
 def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Brings a file's bytes, or a folder's names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

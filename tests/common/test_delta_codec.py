@@ -1,8 +1,12 @@
 """Patches between policies: bit-identical whatever the bits, refused when anything does not fit."""
 
 import json
+import math
 import os
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -230,18 +234,25 @@ def test_memory_stays_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """However large the file, no more blocks are under way than two a thread."""
     monkeypatch.setattr(safetensors_layout, "BLOCK_BYTES", 1024)
     base, new = policy_pair(tmp_path)
-    at_once, most = 0, 0
-    original = delta_block.encode
+    digests = {"base_digest": file_digest(base), "new_digest": file_digest(new)}
+    real, ahead = delta.bounded_map, []
 
-    def counted(*arguments: object) -> object:
-        nonlocal at_once, most
-        at_once += 1
-        most = max(most, at_once)
-        result = original(*arguments)  # type: ignore[arg-type]
-        at_once -= 1
-        return result
+    def watched(work: Callable[[Any], Any], items: Iterable[Any], threads: int) -> Iterator[Any]:
+        """Counts blocks that are begun and not yet taken, by a disk so slow that the threads run as far as they may."""
+        begun: list[int] = []
 
-    monkeypatch.setattr(delta_block, "encode", counted)
-    delta.encode(base, new, tmp_path / "patch", base_digest="b", new_digest="n", threads=3)
-    assert 1 <= most <= 3
-    assert len(os.listdir(tmp_path)) == 3
+        def counted(item: Any) -> Any:
+            begun.append(1)
+            return work(item)
+
+        for taken, result in enumerate(real(counted, items, threads), 1):
+            time.sleep(0.001)
+            ahead.append(len(begun) - taken)
+            yield result
+
+    monkeypatch.setattr(delta, "bounded_map", watched)
+    delta.encode(base, new, tmp_path / "patch", **digests, threads=3)
+    delta.decode(base, [tmp_path / "patch"], tmp_path / "result", **digests, threads=3)
+    assert len(ahead) == 2 * math.ceil(2 * 200_000 / 1024)
+    assert 1 <= max(ahead) <= 2 * 3
+    assert len(os.listdir(tmp_path)) == 4

@@ -6,9 +6,11 @@ system call that changes the folder. n grows until a process gets through.
 
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,6 @@ from typing import Any
 import pytest
 
 from components.common import artifacts
-from components.common.errors import ArtifactNotFound
 from components.common.lineage import history
 from components.common.manifest import Manifest, Producer
 from components.common.s3_client import Location, make_client
@@ -30,10 +31,10 @@ CONTEXT = RunContext(fine_tune="tune", run="run-0001", store="", seed=0, iterati
 MOST_STEPS = 60
 
 
-def publish(store: Store, folder: Path) -> Manifest:
+def publish(store: Store, folder: Path, context: RunContext = CONTEXT) -> Manifest:
     """A large file in two parts and a small one."""
     return artifacts.publish(
-        store, CONTEXT, name="policy", kind="policy", files={path.name: path for path in folder.iterdir()}, iteration=1,
+        store, context, name="policy", kind="policy", files={path.name: path for path in folder.iterdir()}, iteration=1,
         producer=Producer(stage="update", key="k", settings_digest="", code_version="1"),
     )  # fmt: skip
 
@@ -112,19 +113,44 @@ def test_killed_at_every_step(kind: str, request: pytest.FixtureRequest, tmp_pat
     assert at < MOST_STEPS - 1, "no publish got through"
 
 
+def poll(url: str, folder: Path, told: Any) -> None:
+    """A reader that looks at the store without pause, and fetches all it finds, until it is told to stop."""
+    store, found = open_store(url), set()
+    try:
+        while not told.poll():
+            for one in history(store):
+                artifacts.fetch(store, one.manifest, folder)
+                found.add(one.name)
+        told.send(found)
+    except Exception as error:
+        told.send(repr(error))
+
+
 def test_a_reader_never_sees_a_manifest_before_its_blobs(tmp_path: Path) -> None:
     """A reader polls while publishes are killed at random moments; what it finds it can fetch."""
     folder = tmp_path / "files"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(os.urandom(2 * MIB))
-    url = (tmp_path / "store").as_uri()
-    for at in range(1, 14):
-        run_killed(url, folder, at)
-        store = open_store(url)
-        try:
-            data = store.get_bytes("manifests/tune/run-0001/0001/policy.json")
-        except ArtifactNotFound:
-            continue
-        artifacts.fetch(store, Manifest.parse(data, where="store"), tmp_path / "read")
-        return
-    raise AssertionError("no publish got through")
+    url, context, draw = (tmp_path / "store").as_uri(), multiprocessing.get_context("fork"), random.Random(0)
+    ours, theirs = context.Pipe()
+    reader = context.Process(target=poll, args=(url, tmp_path / "read", theirs))
+    reader.start()
+    killed = seconds = 0.0
+    for turn in range(20):
+        (folder / "config.json").write_text(f"{turn}")
+        run = CONTEXT.model_copy(update={"run": f"run-{turn:04d}"})
+        process = context.Process(target=publish, args=(open_store(url), folder, run))
+        started = time.monotonic()
+        process.start()
+        if turn:  # the first one tells how long a publish takes
+            time.sleep(draw.uniform(0, seconds))
+            process.kill()
+        process.join(60)
+        seconds = seconds or time.monotonic() - started
+        killed += process.exitcode == -signal.SIGKILL
+    ours.send("stop")
+    found = ours.recv()
+    reader.join(60)
+    names = {one.name for one in history(open_store(url))}
+    assert found == names, found
+    assert killed and "tune/run-0000/0001/policy" in names

@@ -134,6 +134,8 @@ def test_a_changed_blob_is_refused_and_not_left_behind(store: Store, tmp_path: P
     with pytest.raises(DigestMismatch, match="was changed or cut"):
         store.get_file(key, tmp_path / "target")
     assert not (tmp_path / "target").exists()
+    with pytest.raises(DigestMismatch, match="was changed or cut"):
+        store.get_bytes(key)
 
 
 def test_what_others_wrote_without_a_digest_is_readable(rgw_store: Store, tmp_path: Path) -> None:

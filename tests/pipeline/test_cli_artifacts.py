@@ -1,12 +1,16 @@
 """`grpo artifacts` on a store that a small fine-tune wrote."""
 
+import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
 from components.common import artifacts
+from components.common.errors import SettingsError
 from components.common.manifest import Kind, Manifest, Producer
+from components.common.records import completion_fields, reward_fields, write_table
 from components.common.settings import RunContext
 from components.common.store import FileStore
 from pipeline.cli_artifacts import app, human
@@ -57,6 +61,35 @@ def test_ls_names_every_artifact(tmp_path: Path, made: dict[str, Manifest]) -> N
 def test_show_prints_the_manifest(tmp_path: Path, made: dict[str, Manifest]) -> None:
     _, text = grpo(tmp_path, "show", "tune/run-0001/0001/policy")
     assert Manifest.parse(text.encode(), where="output") == made["policy1"]
+
+
+def test_show_prints_what_an_artifact_holds_of_a_prompt(tmp_path: Path) -> None:
+    completions = [
+        {"prompt_id": name, "prompt": f"{name}?", "prompt_ids": [1], "sample_index": index, "completion_ids": [2],
+         "completion": f"{name}{index}", "logprobs": [-1.0], "finish_reason": "stop", "seed": 0, "policy_digest": "d"}
+        for name in "ab" for index in range(2)
+    ]  # fmt: skip
+    rewards = [
+        {"prompt_id": name, "sample_index": index, "reward": index / 2, "rewards/exact": index / 2, "error": None}
+        for name in "ab"
+        for index in range(2)
+    ]
+    write_table(pa.Table.from_pylist(completions), tmp_path / "train.parquet", completion_fields())
+    write_table(pa.Table.from_pylist(rewards), tmp_path / "train_rewards.parquet", reward_fields(["exact"]))
+    artifacts.publish(
+        FileStore(tmp_path / "store"), RunContext(fine_tune="tune", run="run-0001", store="", seed=0, iterations=2),
+        name="scored", kind="scored", iteration=0,
+        files={name: tmp_path / name for name in ("train.parquet", "train_rewards.parquet")},
+        producer=Producer(stage="reward", key="k", settings_digest="", code_version="1"),
+    )  # fmt: skip
+    _, text = grpo(tmp_path, "show", "tune/run-0001/0000/scored", "--prompt", "b")
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert [(row["split"], row["prompt"], row["completion"], row["rewards/exact"]) for row in rows] == [
+        ("train", "b?", "b0", 0.0),
+        ("train", "b?", "b1", 0.5),
+    ]
+    with pytest.raises(SettingsError, match="--prompt: no completions of 'c' in this scored artifact"):
+        grpo(tmp_path, "show", "tune/run-0001/0000/scored", "--prompt", "c")
 
 
 def test_lineage_draws_the_descent(tmp_path: Path, made: dict[str, Manifest]) -> None:
@@ -112,8 +145,6 @@ def test_what_was_collected_is_no_loss_and_what_was_lost_is(tmp_path: Path, made
 
 
 def test_a_wrong_folder_is_said_so(tmp_path: Path) -> None:
-    from components.common.errors import SettingsError
-
     with pytest.raises(SettingsError, match="--store: no folder"):
         grpo(tmp_path, "ls")
 

@@ -14,6 +14,7 @@ from kfp import dsl
 from components.configure.component import configure
 from components.configure.config import RunSettings
 from components.configure.form import form_fields
+from components.configure.pods import PodField, pod_fields
 from components.dataset.component import dataset
 from components.evaluate.component import evaluate
 from components.publish.component import publish
@@ -38,6 +39,7 @@ def build(settings: PipelineSettings, *, on_cluster: bool, remaining: int = 0) -
         settings = settings.model_copy(update={"cluster": pinned(settings.cluster)})
     values = settings.model_dump(mode="json")
     fields = list(form_fields(RunSettings))
+    pods = _pods(settings) if on_cluster else {}
     parameters = [inspect.Parameter("run", inspect.Parameter.POSITIONAL_OR_KEYWORD, default="", annotation=str)]
     parameters += [
         inspect.Parameter(
@@ -45,15 +47,31 @@ def build(settings: PipelineSettings, *, on_cluster: bool, remaining: int = 0) -
         )
         for field in fields
     ]
+    parameters += [
+        inspect.Parameter(field.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=value, annotation=field.kind)
+        for field, value in pods.items()
+    ]
 
     def graph(*arguments: Any) -> None:
         run, *form = arguments
-        values = dict(zip((field.name for field in fields), form, strict=True))
+        values = dict(zip((field.name for field in (*fields, *pods)), form, strict=True))
         _Graph(settings, run, values, on_cluster, remaining).draw()
 
     graph.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    graph.__doc__ = _description(settings, fields)
+    graph.__doc__ = _description(settings, [*fields, *pods])
     return dsl.pipeline(name=f"grpo-{settings.fine_tune}")(graph)
+
+
+def _pods(settings: PipelineSettings) -> dict[PodField, Any]:
+    """The form's fields of pods, with the settings' values."""
+    values = {
+        (stage, name): value
+        for stage in resources.FORM_STAGES
+        for name, value in resources.form_of(settings.cluster, stage, nodes=settings.update.nodes).items()
+    }
+    return {
+        field: values[field.stage, field.setting] for field in pod_fields() if (field.stage, field.setting) in values
+    }
 
 
 def _description(settings: PipelineSettings, fields: list[Any]) -> str:
@@ -111,6 +129,18 @@ class _Graph:
         if self.remaining:
             self._submit_next(decision.outputs["decision"])
 
+    def _pod_of(self, stage: str) -> dict[str, Any]:
+        """Parameters that a stage's pod is made of, by setting."""
+        known = [field for field in pod_fields() if field.stage == stage and field.name in self.form]
+        return {field.setting: self.form[field.name] for field in known}
+
+    def _without_gpus(self) -> dict[str, Any]:
+        """What configure is told of pods whose form has no field for GPUs."""
+        stages = [stage for stage in resources.FORM_STAGES if self._pod_of(stage) and "gpus" not in self._pod_of(stage)]
+        told = {"gpus": "0", "gpu_resource": "none"}
+        fields = (field for field in pod_fields() if field.stage in stages and field.setting in told)
+        return {field.name: told[field.setting] for field in fields}
+
     def _configure(self) -> Any:
         return self._name(
             configure(
@@ -118,6 +148,7 @@ class _Graph:
                 run=self.run,
                 job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
                 **self.form,
+                **self._without_gpus(),
             ),
             "configure",
         )
@@ -183,5 +214,5 @@ class _Graph:
             image = image_of(stage, cluster)
             if stage == "update" and self.settings.update.nodes > 1:
                 cluster, image = resources.following(cluster, image), image_of("configure", cluster)
-            resources.apply(task, stage, cluster, image)
+            resources.apply(task, stage, cluster, image, self._pod_of(stage))
         return task

@@ -5,13 +5,15 @@ GPU pools; what the file says wins over it.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from components.common.settings import Settings
+from components.configure.pods import QUANTITY, Pod, Toleration, by_stage
+from components.configure.pods import STAGES as FORM_STAGES
 
-QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"
 CACHE_MOUNT = "/cache"
 SHM_MOUNT = "/dev/shm"
 SCRATCH_MOUNT = "/tmp"
@@ -42,42 +44,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 pools; Karpenter's AWS labels; AKS node pools (GPU pools carry the taint `sku=gpu` by its documentation)."""
 
 
-class Toleration(Settings):
-    """A taint a pod accepts."""
-
-    key: str
-    """Key of the taint."""
-    operator: Literal["Exists", "Equal"] = "Exists"
-    """`Equal` compares the value too."""
-    value: str | None = None
-    """Value of the taint, with `Equal`."""
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    """Effect of the taint; unset: every effect."""
-
-
-class StageResources(Settings):
+class StageResources(Pod):
     """One stage's pod."""
 
-    image: str | None = None
-    """Container image; unset: the one of this stage in `images/lock.json`."""
-    cpu: str = Field(default="1", pattern=QUANTITY)
-    """CPUs requested."""
     cpu_limit: str | None = Field(default=None, pattern=QUANTITY)
     """CPUs at most; unset: no limit."""
-    memory: str = Field(default="2Gi", pattern=QUANTITY)
-    """Memory requested, and its limit."""
-    gpus: int = Field(default=0, ge=0, le=16)
-    """GPUs of a pod."""
-    gpu_resource: str = "nvidia.com/gpu"
-    """Name of the GPU resource."""
     gpu_type: str | None = None
     """Value of the node label that names the GPU type or pool in the preset's cloud, e.g. `nvidia-h100-80gb`."""
     gpu_memory: str | None = Field(default=None, pattern=QUANTITY)
     """Memory of one GPU, for `grpo plan`; unset: what a known `gpu_type` has."""
-    node_selector: dict[str, str] = {}
-    """More node labels the pod wants."""
-    tolerations: tuple[Toleration, ...] = ()
-    """More taints the pod accepts."""
     spot: bool = False
     """Run on nodes that may be taken away: fit for rollouts, which resume at the first unfinished group."""
     shm: str | None = Field(default=None, pattern=QUANTITY)
@@ -175,7 +150,42 @@ def tolerations(cluster: ClusterSettings, pod: StageResources) -> list[Toleratio
     preset = PRESETS[cluster.preset]
     keys = [preset["taint"]] if pod.gpus else []
     keys += [preset["spot_taint"]] if pod.spot and preset["spot_taint"] else []
-    return [Toleration(key=key) for key in keys] + list(pod.tolerations)
+    known = [Toleration(key=key) for key in keys]
+    return [found for found in known if found not in pod.tolerations] + list(pod.tolerations)
+
+
+def pod_values(cluster: ClusterSettings, pod: StageResources, image: str) -> dict[str, Any]:
+    """What the form asks of a pod, as the settings have it: text, and JSON for what is no text."""
+    return {
+        "image": image, "cpu": pod.cpu, "memory": pod.memory, "gpus": str(pod.gpus), "gpu_resource": pod.gpu_resource,
+        "node_selector": node_selector(cluster, pod),
+        "tolerations": [found.model_dump(exclude_none=True) for found in tolerations(cluster, pod)],
+    }  # fmt: skip
+
+
+def form_of(cluster: ClusterSettings, stage: str, *, nodes: int = 1) -> dict[str, Any]:
+    """Those of them that are parameters of a run. None of an update on several nodes: its TrainJob is written into an
+    environment variable, which takes constants; no GPUs of a stage that has none: KFP's limit cannot be left out then.
+    """
+    if stage not in FORM_STAGES or (stage == "update" and nodes > 1):
+        return {}
+    pod = cluster.stage(stage)
+    values = pod_values(cluster, pod, str(pod.image))
+    return values if pod.gpus else {name: values[name] for name in values if not name.startswith("gpu")}
+
+
+def with_form(cluster: ClusterSettings, given: Mapping[str, Any]) -> ClusterSettings:
+    """The same settings with what a run was given for its pods (parameter name → value): for the run after it."""
+    for stage, values in by_stage(given).items():
+        pod = cluster.stage(stage)
+        before = pod_values(cluster, pod, str(pod.image))
+        changed = {name: value for name, value in values.items() if value != before[name]}
+        if {"node_selector", "tolerations"} & changed.keys():  # they hold what type and spot come to
+            changed |= {name: values.get(name, before[name]) for name in ("node_selector", "tolerations")}
+            changed |= {"gpu_type": None, "spot": False}
+        found = StageResources.model_validate(pod.model_dump() | changed)
+        cluster = cluster.model_copy(update={stage: found})
+    return cluster
 
 
 FOLLOWER = StageResources(cpu="500m", memory="1Gi", scratch="1Gi", cache_size="1Gi")
@@ -201,21 +211,28 @@ def following(cluster: ClusterSettings, image: str) -> ClusterSettings:
     return cluster.model_copy(update={"update": FOLLOWER.model_copy(update=changes), "queue": None})
 
 
-def apply(task: Any, stage: str, cluster: ClusterSettings, image: str) -> None:
-    """Gives a task of the graph its image, resources, place, volumes, secrets and limits."""
+def apply(task: Any, stage: str, cluster: ClusterSettings, image: str, form: Mapping[str, Any] | None = None) -> None:
+    """Gives a task of the graph its image, resources, place, volumes, secrets and limits.
+
+    `form`: parameters of the run, by setting, that stand for values of `pod_values`.
+    """
     from kfp import kubernetes
 
-    pod = cluster.stage(stage)
-    task.set_container_image(image)
-    task.set_cpu_request(pod.cpu).set_memory_request(pod.memory).set_memory_limit(pod.memory)
+    pod, form = cluster.stage(stage), form or {}
+    task.register_pipeline_channels(list(form.values()))  # kfp forgets those of resources inside a loop or condition
+    given = pod_values(cluster, pod, image) | form
+    task.set_container_image(given["image"])
+    task.set_cpu_request(given["cpu"]).set_memory_request(given["memory"]).set_memory_limit(given["memory"])
     if pod.cpu_limit:
         task.set_cpu_limit(pod.cpu_limit)
-    if pod.gpus:  # as text: an int parameter would silently drop the limit
-        task.set_accelerator_type(pod.gpu_resource).set_accelerator_limit(str(pod.gpus))
-    for key, value in node_selector(cluster, pod).items():
-        kubernetes.add_node_selector(task, key, value)
-    for found in tolerations(cluster, pod):
-        kubernetes.add_toleration(task, found.key, found.operator, found.value, found.effect)
+    if pod.gpus:
+        task.set_accelerator_type(given["gpu_resource"]).set_accelerator_limit(given["gpus"])
+    if "node_selector" in form:
+        kubernetes.add_node_selector_json(task, form["node_selector"])
+    else:
+        for key, value in given["node_selector"].items():
+            kubernetes.add_node_selector(task, key, value)
+    kubernetes.add_toleration_json(task, given["tolerations"])
     _mount(task, pod)
     _identify(task, cluster, pod)
     kubernetes.set_timeout(task, pod.timeout_minutes * 60)

@@ -12,6 +12,7 @@ from typing import Any
 from components.common.errors import SettingsError
 from pipeline.compiling import compile_to, iterations_that_fit
 from pipeline.connection import ClusterError, call, make_once
+from pipeline.resources import ClusterSettings, with_form
 from pipeline.settings import PipelineSettings
 
 TERMINAL = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
@@ -205,7 +206,10 @@ def settings_of(client: Any, run: Any) -> PipelineSettings:
     tasks = _tasks(version.pipeline_spec)
     base = json.loads(_constant(tasks, "configure", "settings", run.run_id))
     dotted = {field.name: field.dotted for field in form_fields(RunSettings)}
-    values = overlay(base, {dotted[name]: value for name, value in _given(run).items() if name in dotted}, RunSettings)
+    given = given_to(run)
+    values = overlay(base, {dotted[name]: value for name, value in given.items() if name in dotted}, RunSettings)
+    cluster = validate(ClusterSettings, values["cluster"], where=f"run {run.run_id}")
+    values["cluster"] = with_form(cluster, given).model_dump()
     if "submit-next" in tasks:
         values["iterations"] += int(_constant(tasks, "submit-next", "remaining", run.run_id))
     return validate(PipelineSettings, values, where=f"run {run.run_id}")
@@ -213,10 +217,10 @@ def settings_of(client: Any, run: Any) -> PipelineSettings:
 
 def name_in_store(run: Any) -> str:
     """What configure calls a run: the form's `run`, or its id."""
-    return (_given(run).get("run") or run.run_id).lower()
+    return (given_to(run).get("run") or run.run_id).lower()
 
 
-def _given(run: Any) -> dict[str, Any]:
+def given_to(run: Any) -> dict[str, Any]:
     """Values of the form that a run was started with."""
     return (run.runtime_config.parameters if run.runtime_config else None) or {}
 

@@ -42,14 +42,16 @@ def wanted_parameters(stage):
     parameters = dict(inspect.signature(run).parameters)
     wanted = {name: (KINDS[part.annotation], part.default) for name, part in parameters.items()}
     wanted |= {name: (kinds, wanted[name][1]) for (of, name), kinds in BY_FILE.items() if of == stage}
-    if stage == "configure":  # its `parameters` are spread over one input a setting, settings texts are outputs
+    if stage == "configure":  # `parameters` and `pods` are spread over one input a field, settings texts are outputs
         from components.configure.config import RunSettings
         from components.configure.form import form_fields
+        from components.configure.pods import pod_fields
 
-        del wanted["parameters"]
+        del wanted["parameters"], wanted["pods"]
         texts = {name for name in wanted if name.endswith("_settings")}
         wanted |= {name: (ARTIFACTS | {"String"}, wanted[name][1]) for name in texts}
         wanted |= {field.name: (KINDS[field.kind], inspect.Parameter.empty) for field in form_fields(RunSettings)}
+        wanted |= {field.name: (KINDS[field.kind], field.kind()) for field in pod_fields()}
     return wanted
 
 

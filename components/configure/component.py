@@ -12,6 +12,7 @@ from kfp import dsl
 
 from components.configure.config import STAGE_SECTIONS, RunSettings
 from components.configure.form import FormField, form_fields
+from components.configure.pods import pod_fields
 
 _FILE = "<configure component>"
 _MANIFESTS = ("policy", "optimizer", "reference", "history")
@@ -21,16 +22,19 @@ def _source(fields: list[FormField]) -> str:
     inputs = ["settings: str", "run: str", "job_id: str", *(f"{field.name}: {field.kind.__name__}" for field in fields)]
     outputs = [f"{name}: dsl.Output[dsl.Artifact]" for name in _MANIFESTS]
     outputs += [f"{name}_settings: {_settings_kind(name)}" for name in (*STAGE_SECTIONS, "run")]
+    inputs_of_pods = [f"{field.name}: {field.kind.__name__} = {field.kind()!r}" for field in pod_fields()]
     parameters = ", ".join(f"{json.dumps(field.dotted)}: {field.name}" for field in fields)
     paths = [f"{name}={name}.path" for name in _MANIFESTS]
     paths += [f"{name}_settings={_settings_path(name)}" for name in (*STAGE_SECTIONS, "run")]
     return "\n".join([
-        f"def configure({', '.join(inputs + outputs)}):",
+        f"def configure({', '.join(inputs + outputs + inputs_of_pods)}):",
         '    """Checks the settings and resolves them a stage; publishes the start policy."""',
         "    import json",
         "    from components.configure.stage import run as configure_run",
         f"    parameters = {{{parameters}}}",
-        "    configure_run(settings=settings, parameters=json.dumps(parameters), run=run, job_id=job_id,"
+        f"    pods = dict({', '.join(f'{field.name}={field.name}' for field in pod_fields())})",
+        "    configure_run(settings=settings, parameters=json.dumps(parameters), pods=json.dumps(pods), run=run,"
+        " job_id=job_id,"
         f" {', '.join(paths)})",
         "",
     ])  # fmt: skip

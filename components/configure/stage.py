@@ -13,6 +13,7 @@ from components.common.store import Store, open_store
 from components.configure import start
 from components.configure.config import STAGE_SECTIONS, RunSettings
 from components.configure.form import overlay
+from components.configure.pods import Form, by_stage
 
 log = logging.getLogger("grpo")
 
@@ -33,6 +34,7 @@ def run(
     evaluate_settings: Path,
     publish_settings: Path,
     run_settings: Path,
+    pods: str = "{}",
 ) -> None:
     """Checks the run's settings and resolves them a stage; publishes the start policy.
 
@@ -40,10 +42,11 @@ def run(
     parameters: JSON object, dotted setting name -> value, laid over them.
     run: name of the run; blank: job_id.
     policy, optimizer, reference, history: manifests written; optimizer and history have no files at a fresh start.
+    pods: JSON object, values of the form's fields of pods by their names, to be checked; blank ones: there are none.
     *_settings: files that get each stage's settings as JSON; run_settings: all of the run's, resolved.
     """
     given = {section: value for section, value in json.loads(settings).items() if section != "cluster"}
-    resolved = validate(RunSettings, overlay(given, json.loads(parameters), RunSettings))
+    resolved = _checked(overlay(given, json.loads(parameters), RunSettings), by_stage(json.loads(pods)))
     resolved.publish.check_export_dir()  # better now than after the last iteration
     name = (run or job_id).lower()
     store = open_store(resolved.store)
@@ -62,6 +65,19 @@ def run(
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(dump_stage(context, getattr(resolved, section)))
     Path(run_settings).write_text(resolved.model_dump_json())
+
+
+def _checked(values: dict[str, Any], pods: dict[str, Any]) -> RunSettings:
+    """The run's settings; all problems of theirs and of the pods' at once."""
+    problems = []
+    for model, given in ((Form, {"cluster": pods}), (RunSettings, values)):
+        try:
+            resolved = validate(model, given)
+        except SettingsError as error:
+            problems.append(str(error))
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return resolved
 
 
 def _filled_in(settings: RunSettings) -> RunSettings:

@@ -15,6 +15,7 @@ from components.common.settings import load_stage
 from components.common.stage import Stage
 from components.common.store import open_store
 from components.configure.config import STAGE_SECTIONS
+from components.configure.pods import pod_fields
 from components.configure.stage import run
 from components.publish.config import PublishSettings
 from components.rollout.config import RolloutSettings
@@ -24,7 +25,7 @@ OUTPUTS = ("policy", "optimizer", "reference", "history")
 
 @pytest.fixture
 def configure(tmp_path, tiny_model):
-    def call(parameters=None, *, name="run-1", **changes):
+    def call(parameters=None, *, name="run-1", pods=None, **changes):
         settings = {
             "fine_tune": "f", "model": str(tiny_model), "store": (tmp_path / "store").as_uri(),
             "dataset": {"source": "gsm8k", "max_prompt_length": 16},
@@ -37,6 +38,7 @@ def configure(tmp_path, tiny_model):
             parameters=json.dumps(parameters or {}),
             run=name,
             job_id="x",
+            pods=json.dumps(pods or {}),
             **paths,
             **texts,
         )
@@ -269,3 +271,24 @@ def test_the_reference_is_the_start_of_the_whole_fine_tune(configure, tmp_path, 
     paths, _ = configure(name="run-2", start_from="latest")
     assert Manifest.load(paths["policy"]).digest == trained.digest != base.digest
     assert Manifest.load(paths["reference"]).digest == base.digest
+
+
+BLANK = {field.name: field.kind() for field in pod_fields()}
+
+
+def test_pods_of_the_form_are_checked_with_the_settings_all_at_once(configure):
+    """Before any of them is asked for; on this machine they are blank."""
+    good = {
+        "rollout_pod_image": "registry.example/a@sha256:1", "rollout_pod_cpu": "8", "rollout_pod_memory": "64Gi",
+        "rollout_pod_gpus": "2", "rollout_pod_gpu_resource": "nvidia.com/gpu", "rollout_pod_node_selector": {"a": "b"},
+        "rollout_pod_tolerations": [{"key": "k", "operator": "Exists", "effect": "NoSchedule"}],
+    }  # fmt: skip
+    configure(pods=BLANK)
+    configure(pods=BLANK | good, name="run-2")
+    bad = {"rollout_pod_memory": "lots", "rollout_pod_gpus": "2.5", "rollout_pod_image": "",
+           "rollout_pod_tolerations": [{"key": "k", "effekt": "NoSchedule"}]}  # fmt: skip
+    with pytest.raises(SettingsError) as caught:
+        configure({"rollout.temperature": -1}, pods=BLANK | good | bad, name="run-3")
+    for name in ("memory", "gpus", "image", "tolerations"):
+        assert f"cluster.rollout.{name}" in str(caught.value)
+    assert "rollout.temperature" in str(caught.value) and "cluster.update" not in str(caught.value)

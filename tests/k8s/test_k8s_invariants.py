@@ -136,6 +136,24 @@ def test_everything_a_pod_names_exists(k8s: Path, objects: list[dict], pods: dic
                     assert reference["key"] in secrets[reference["name"]], owner
 
 
+def test_what_compiled_pipelines_name_by_default_exists(k8s: Path, objects: list[dict], overlay: str) -> None:
+    """Secret, ConfigMap and their keys of `[cluster]` as it is; the queue and the claim that the documents tell of."""
+    from pipeline.resources import ClusterSettings
+
+    cluster, stages = ClusterSettings(), "grpo" if overlay in ("profile", "gpu") else "kubeflow"
+    assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= secret_keys(k8s)[cluster.storage_secret]
+    (config,) = [item for item in objects if item["metadata"]["name"] == cluster.config_map]
+    assert config["metadata"]["namespace"] == stages
+    assert {"AWS_DEFAULT_REGION", "MLFLOW_TRACKING_URI"} <= set(config["data"])
+    assert cluster.queue is None and cluster.hub_secret is None and cluster.service_account is None
+    documented = (k8s.parent / "docs/cluster.md").read_text()
+    (claim,) = yaml.safe_load_all((k8s / "components/shared-cache/claim.yaml").read_text())
+    (queue,) = [item for item in yaml.safe_load_all((k8s / "components/kueue/queues.yaml").read_text())
+                if item["kind"] == "LocalQueue"]  # fmt: skip
+    assert f'cache_claim = "{claim["metadata"]["name"]}"' in documented
+    assert f'queue = "{queue["metadata"]["name"]}"' in documented
+
+
 def test_secrets_are_never_in_the_repository(k8s: Path, objects: list[dict]) -> None:
     assert not [item for item in objects if item["kind"] == "Secret"]
     template = list(yaml.safe_load_all((k8s / "secrets.template.yaml").read_text()))

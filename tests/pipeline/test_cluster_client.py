@@ -174,7 +174,7 @@ def test_a_long_fine_tune_becomes_a_chain(cluster, client, monkeypatch):
         cluster.runs[seen[-1][0]]["state"] = "SUCCEEDED"
         monkeypatch.setattr("pipeline.chain.connect", lambda: client)
         resolved = json.dumps({name: value for name, value in base.items() if name != "cluster"})
-        seen[-1] = (go_on(resolved, json.dumps(base["cluster"]), remaining, run["run_id"]), *seen[-1][1:])
+        seen[-1] = (go_on(resolved, json.dumps(base["cluster"]), remaining, *[run["run_id"]] * 2), *seen[-1][1:])
     first, second = sent.run_id, seen[0][0]
     assert [entry[1:] for entry in seen] == [
         (fit, fit + 1, "base", None), (fit, 1, "latest", first), (1, 0, "latest", second),
@@ -204,11 +204,34 @@ def test_the_last_task_of_a_run_done_again_submits_nothing_new(cluster, client, 
     monkeypatch.setattr("pipeline.chain.connect", lambda: client)
     values = json.loads(settings(iterations=30).model_dump_json())
     section = json.dumps(values.pop("cluster"))
-    again = [go_on(json.dumps(values), section, 5, "Run-7") for _ in range(2)]
-    assert again == list(cluster.runs) * 2 and len(cluster.runs) == 1
-    (run,) = cluster.runs.values()
+    job = submit(client, settings()).run_id
+    again = [go_on(json.dumps(values), section, 5, "Run-7", job) for _ in range(2)]
+    assert list(cluster.runs) == [job, again[0]] and again[0] == again[1]
+    run = cluster.runs[again[0]]
     assert run["display_name"] == "f-after-run-7" and settings_of(client, runs(client, "f")[0]).start_run == "run-7"
-    assert go_on(json.dumps(values), section, 5, "run-8") != again[0]
+    assert go_on(json.dumps(values), section, 5, "run-8", job) != again[0]
+
+
+def test_pods_that_the_form_changed_stay_so_in_the_chain_and_at_a_resume(cluster, client, monkeypatch):
+    """A run started in the UI with more memory and on another pool; preset and type no longer say where it goes."""
+    monkeypatch.setattr("pipeline.chain.connect", lambda: client)
+    asked = settings(iterations=30)
+    sent = submit(client, asked)
+    cluster.runs[sent.run_id]["runtime_config"] = {"parameters": {
+        "update_pod_memory": "512Gi", "update_pod_gpus": "4", "update_pod_node_selector": {"pool": "b"},
+        "update_learning_rate": 3e-6,
+    }}  # fmt: skip
+    (found,) = runs(client, "f")
+    pod = settings_of(client, found).cluster.update
+    assert (pod.memory, pod.gpus, pod.node_selector, pod.gpu_type, pod.cpu) == (
+        "512Gi", 4, {"pool": "b"}, None, asked.cluster.update.cpu,
+    )  # fmt: skip
+    values = json.loads(asked.model_dump_json())
+    section = json.dumps(values.pop("cluster"))
+    following = go_on(json.dumps(values), section, 5, sent.run_id, sent.run_id)
+    (found,) = [run for run in runs(client, "f") if run.run_id == following]
+    assert settings_of(client, found).cluster.update == pod
+    assert settings_of(client, found).cluster.rollout == asked.cluster.rollout
 
 
 def test_a_run_and_a_schedule_of_one_fine_tune_refuse_each_other(cluster, client):

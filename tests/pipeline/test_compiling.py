@@ -1,6 +1,7 @@
 """The compiled pipeline: needs no ML library, holds the budget, places every stage, asks for every setting."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from components.common.errors import SettingsError
 from components.common.settings import validate
 from components.configure.config import RunSettings
 from components.configure.form import form_fields, overlay
+from components.configure.pods import pod_fields
 from pipeline.cli import app
 from pipeline.compiling import LOADER, compile_to, iterations_that_fit, task_count
 from pipeline.scaffold import write_start
@@ -42,7 +44,29 @@ def settings(**changes):
 def compiled(tmp_path, **changes):
     compile_to(settings(**changes), tmp_path / "pipeline.yaml")
     ir, *platform = yaml.load_all((tmp_path / "pipeline.yaml").read_text(), LOADER)
-    return ir, (platform[0]["platforms"]["kubernetes"]["deploymentSpec"]["executors"] if platform else {})
+    pods = platform[0]["platforms"]["kubernetes"]["deploymentSpec"]["executors"] if platform else {}
+    return with_defaults(ir, pods)
+
+
+def with_defaults(ir, pods):
+    """The same with each parameter of a pod in its place, as KFP's driver puts it when the form is left as it is."""
+    defaults = {name: spec.get("defaultValue") for name, spec in ir["root"]["inputDefinitions"]["parameters"].items()}
+    for executor in ir["deploymentSpec"]["executors"].values():
+        container = executor["container"]
+        resources = container["resources"]
+        for place in (container, resources, resources.get("accelerator", {})):
+            for name, value in place.items():
+                found = re.fullmatch(r"\{\{\$\.inputs\.parameters\['pipelinechannel--(.+)'\]\}\}", str(value))
+                place[name] = defaults[found[1]] if found else value
+    for pod in pods.values():
+        if "nodeSelectorJson" in pod.get("nodeSelector", {}):
+            source = pod["nodeSelector"]["nodeSelectorJson"]["componentInputParameter"]
+            pod["nodeSelector"] = {"labels": defaults[source.removeprefix("pipelinechannel--")]}
+        for toleration in [each for each in pod.get("tolerations", []) if "tolerationJson" in each]:
+            source = toleration["tolerationJson"]["componentInputParameter"].removeprefix("pipelinechannel--")
+            pod["tolerations"].remove(toleration)
+            pod["tolerations"] += defaults[source]
+    return ir, pods
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +158,8 @@ def test_every_policy_is_evaluated_once_on_its_own_samples(tmp_path, iterations,
 
 def test_every_setting_is_a_parameter_with_its_value_as_default(two_iterations):
     parameters = two_iterations[0]["root"]["inputDefinitions"]["parameters"]
-    assert set(parameters) == {"run"} | {field.name for field in form_fields(RunSettings)}
+    fields = {"run"} | {field.name for field in form_fields(RunSettings)}
+    assert set(parameters) == fields | {field.name for field in pod_fields()}
     assert parameters["update_learning_rate"]["defaultValue"] == settings().update.learning_rate
     assert parameters["update_loss_type"]["literals"] == list(
         next(field.choices for field in form_fields(RunSettings) if field.name == "update_loss_type")
@@ -222,6 +247,70 @@ def test_gpu_stages_ask_for_gpus_and_tolerate_and_select_their_pool(two_iteratio
     assert rollout["nodeSelector"]["labels"] == {
         "cloud.google.com/gke-accelerator": "nvidia-l4", "cloud.google.com/gke-spot": "true",
     }  # fmt: skip
+
+
+def test_what_a_form_may_vary_of_gpu_pods_are_parameters(two_iterations):
+    """Text for KFP, JSON for what is none; what the settings come to as default, so that nothing is typed twice."""
+    parameters = two_iterations[0]["root"]["inputDefinitions"]["parameters"]
+    shown = {name: (spec["parameterType"], spec["defaultValue"]) for name, spec in parameters.items()
+             if name.startswith("rollout_pod_")}  # fmt: skip
+    assert shown == {
+        "rollout_pod_image": ("STRING", VALUES["cluster"]["rollout"]["image"]), "rollout_pod_cpu": ("STRING", "8"),
+        "rollout_pod_memory": ("STRING", "64Gi"), "rollout_pod_gpus": ("STRING", "2"),
+        "rollout_pod_gpu_resource": ("STRING", "nvidia.com/gpu"),
+        "rollout_pod_node_selector": ("STRUCT", {"cloud.google.com/gke-accelerator": "nvidia-l4",
+                                                 "cloud.google.com/gke-spot": "true"}),
+        "rollout_pod_tolerations": ("LIST", [{"key": "nvidia.com/gpu", "operator": "Exists"},
+                                             {"key": "cloud.google.com/gke-spot", "operator": "Exists"}]),
+    }  # fmt: skip
+
+
+def pods_of(folder, **changes):
+    """The compiled file as it is, without anything in its parameters' places."""
+    compile_to(settings(**changes), folder / "pipeline.yaml")
+    ir, platform = yaml.load_all((folder / "pipeline.yaml").read_text(), LOADER)
+    return ir, platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+
+
+SHARDED_SCHEDULE = {"shards": 2, "staleness": 1, "skip_unchanged_data": True}
+
+
+@pytest.mark.parametrize("changes", [{}, {"shards": 3}, {"skip_unchanged_data": True}, SHARDED_SCHEDULE])
+def test_parameters_of_pods_reach_every_task_through_loops_and_conditions(changes, tmp_path):
+    """Whatever a task takes from its parent, the parent must have as an input, up to the pipeline's own."""
+    ir, _ = pods_of(tmp_path, **changes)
+    seen = set()
+
+    def check(dag, available):
+        for name, task in dag["tasks"].items():
+            inputs = task.get("inputs", {}).get("parameters", {})
+            taken = {
+                value["componentInputParameter"] for value in inputs.values() if "componentInputParameter" in value
+            }
+            assert taken <= available, f"{name} takes {sorted(taken - available)}"
+            seen.update(value.removeprefix("pipelinechannel--") for value in taken)
+            component = ir["components"][task["componentRef"]["name"]]
+            if "dag" in component:
+                inner = set(component.get("inputDefinitions", {}).get("parameters", {}))
+                given = set(inputs) | {task.get("parameterIterator", {}).get("itemInput")}
+                assert inner <= given, f"{name} is not given {sorted(inner - given)}"
+                check(component["dag"], inner)
+
+    check(ir["root"]["dag"], set(ir["root"]["inputDefinitions"]["parameters"]))
+    assert {field.name for field in pod_fields()} <= seen
+
+
+def test_only_gpu_pods_of_one_node_have_parameters(tmp_path):
+    """A TrainJob's nodes are written into a constant; a stage without GPUs has none to vary."""
+    ir, _ = pods_of(tmp_path, update=settings().update.model_dump() | {"nodes": 2})
+    assert not [name for name in ir["root"]["inputDefinitions"]["parameters"] if name.startswith("update_pod_")]
+    cluster = VALUES["cluster"] | {"rollout": VALUES["cluster"]["rollout"] | {"gpus": 0, "spot": False}}
+    ir, _ = pods_of(tmp_path, cluster=cluster)
+    names = {name for name in ir["root"]["inputDefinitions"]["parameters"] if name.startswith("rollout_pod_")}
+    assert names == {f"rollout_pod_{name}" for name in ("image", "cpu", "memory", "node_selector", "tolerations")}
+    rollouts = [executor["container"]["resources"] for name, executor in ir["deploymentSpec"]["executors"].items()
+                if "rollout" in name]  # fmt: skip
+    assert rollouts and not [resources for resources in rollouts if "accelerator" in resources]
 
 
 def test_a_schedule_ends_early_when_the_data_has_not_changed(tmp_path):

@@ -55,8 +55,11 @@ class HealthSettings(Settings):
     """Optimizer steps in a row, over iterations too, that may be skipped for a gradient that is not finite."""
     max_kl: float | None = Field(default=None, gt=0)
     """Highest mean KL to the reference, nats a token; needs `beta > 0`."""
-    max_logp_difference: float | None = Field(default=None, gt=0)
-    """Highest mean |log p(trainer) - log p(sampler)| of the batch before the update, nats a token."""
+    max_logp_difference: float | None = Field(default=1.0, gt=0)
+    """Highest mean |log p(trainer) - log p(sampler)| of the batch before the update, nats a token; the default lets all
+    pass but samples of other weights or another distribution."""
+    max_sampling_kl: float | None = Field(default=None, gt=0)
+    """Highest KL of the sampler to the trainer before the update (`sampling/kl_k3`), nats a token."""
     min_entropy: float | None = Field(default=None, ge=0)
     """Lowest mean entropy of the policy, nats a token; below it sampling has collapsed."""
     max_zero_std_share: float | None = Field(default=None, ge=0, le=1)

@@ -36,6 +36,8 @@ def _limits(settings: UpdateSettings) -> list[tuple[str, float, int, str, str]]:
         ("kl", health.max_kl, 1, "max_kl", "the policy has left the reference: raise beta or lower learning_rate"),
         ("sampling/sampling_logp_difference/mean", health.max_logp_difference, 1, "max_logp_difference",
          "sampler and trainer disagree: check that both read the same weights, type and sampling parameters"),
+        ("sampling/kl_k3", health.max_sampling_kl, 1, "max_sampling_kl",
+         "sampler and trainer disagree: check that both read the same weights, type and sampling parameters"),
         ("entropy", health.min_entropy, -1, "min_entropy",
          "sampling has collapsed: raise entropy_coefficient or epsilon_high, or lower learning_rate"),
     ]  # fmt: skip

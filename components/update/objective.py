@@ -106,13 +106,15 @@ class Objective:
         old_N = logprobs_N if tokens.old_N is None else tokens.old_N
         found = self._policy_loss(logprobs_N, old_N, tokens, micro, everything)
         correction = self._correction(old_N, tokens, micro, everything)
-        difference = correction.difference_N[~correction.difference_N.isnan()]
+        known = ~correction.difference_N.isnan()
+        difference = correction.difference_N[known]
         meter.mean("entropy", entropy_N)
         meter.mean("clip_ratio/low_mean", found.clipped_low_N)
         meter.mean("clip_ratio/high_mean", found.clipped_high_N)
         meter.mean("clip_ratio/region_mean", found.clipped_low_N | found.clipped_high_N)
         meter.mean("sampling/sampling_logp_difference/mean", difference)
         meter.max("sampling/sampling_logp_difference/max", difference)
+        meter.mean("sampling/kl_k3", kl_estimate("k3", tokens.behaviour_N[known], old_N[known]))
         meter.min("sampling/importance_sampling_ratio/min", correction.ratio)
         meter.mean("sampling/importance_sampling_ratio/mean", correction.ratio)
         meter.max("sampling/importance_sampling_ratio/max", correction.ratio)

@@ -180,10 +180,12 @@ def test_figures_of_the_sampler_s_mismatch(case, engine_model, correction):
         "scored", engine_model, inputs["policy"], num_prompts=2, group_size=3, reward=REWARDS, noise=0.1
     )
     model, differences, ratios = AutoModelForCausalLM.from_pretrained(engine_model, dtype=torch.float64), [], []
+    signed: list[float] = []
     for row in rows_of(case, scored):
         with torch.no_grad():
             tokens = [value.item() for value in token_logprobs(model, row, 0.8)]
         gaps = [ours - theirs for ours, theirs in zip(tokens, row["logprobs"], strict=True)]
+        signed += gaps
         differences += [abs(gap) for gap in gaps]
         if correction == "sequence_mask":
             product = math.prod(math.exp(gap) for gap in gaps)
@@ -195,6 +197,8 @@ def test_figures_of_the_sampler_s_mismatch(case, engine_model, correction):
         sum(differences) / len(differences), abs=2e-6
     )
     assert found["sampling/sampling_logp_difference/max"] == pytest.approx(max(differences), abs=2e-6)
+    k3 = [math.exp(gap) - 1 - gap for gap in signed]
+    assert found["sampling/kl_k3"] == pytest.approx(sum(k3) / len(k3), abs=2e-6)
     assert found["sampling/importance_sampling_ratio/min"] == pytest.approx(min(ratios), abs=2e-6)
     assert found["sampling/importance_sampling_ratio/mean"] == pytest.approx(sum(ratios) / len(ratios), abs=2e-6)
     assert found["sampling/importance_sampling_ratio/max"] == pytest.approx(max(ratios), abs=2e-6)

@@ -112,9 +112,13 @@ def prompt_lengths(case, scored):
     [
         ({"min_entropy": 5.0}, r"entropy is 3\.\d+ \(health.min_entropy = 5\); sampling has collapsed"),
         ({"max_logp_difference": 0.01}, r"sampler and trainer disagree"),
+        (
+            {"max_sampling_kl": 0.001},
+            r"sampling/kl_k3 is 0\.0\d+ \(health.max_sampling_kl = 0.001\); sampler and trainer",
+        ),
         ({"max_zero_std_share": 0.1}, r"25% of the groups have equal rewards \(health.max_zero_std_share = 0.1\)"),
     ],
-    ids=["entropy", "mismatch", "zero variance"],
+    ids=["entropy", "mismatch", "divergence", "zero variance"],
 )
 def test_a_crossed_limit_fails_the_iteration(started, engine_model, health, message):
     case, inputs = started
@@ -122,6 +126,14 @@ def test_a_crossed_limit_fails_the_iteration(started, engine_model, health, mess
     scored = case.scored("scored", engine_model, inputs["policy"], noise=0.2, reward=rewards)
     with pytest.raises(HealthError, match=message):
         case.update(inputs, scored, health=health)
+    assert published(case) == []
+
+
+def test_samples_of_another_distribution_fail_the_iteration_by_default(started, engine_model):
+    case, inputs = started
+    scored = case.scored("scored", engine_model, inputs["policy"], noise=3.0)
+    with pytest.raises(HealthError, match=r"difference/mean is \d\.\d+ \(health.max_logp_difference = 1\)"):
+        case.update(inputs, scored)
     assert published(case) == []
 
 
@@ -184,12 +196,12 @@ def test_a_skipped_step_hides_no_limit(case, tmp_path):
     logprobs = [[-1.0] * len(tokens) for tokens in completions]
     scored = case.scored("scored", model, inputs["policy"], logprobs=logprobs, scores=False, **columns)
     settings = {"num_minibatches": 4, "layout": "padded"}
-    outcome = case.update(inputs, scored, **settings)
+    outcome = case.update(inputs, scored, health={"max_logp_difference": None}, **settings)
     assert outcome.metrics["skipped_steps"] == 1
     assert 0 < outcome.metrics["entropy"] < 4  # of the three steps that were taken
     case.run_name = "limited"
     with pytest.raises(HealthError, match=r"entropy is \d.*health.min_entropy = 5"):
-        case.update(inputs, scored, health={"min_entropy": 5.0}, **settings)
+        case.update(inputs, scored, health={"min_entropy": 5.0, "max_logp_difference": None}, **settings)
 
 
 def test_a_figure_that_is_not_finite_crosses_its_limit(started, engine_model):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "U16": "uint16", "U32": "uint32", "U64": "uint64", "F8_E8M0": "float8_e8m0fnu",
 }  # fmt: skip
 """safetensors' names of number formats → torch's."""
 
@@ -93,9 +94,10 @@ def read_config(policy: Path) -> dict:
 
 
 def read_hashed(path: Path) -> "tuple[str, dict[str, torch.Tensor]]":
-    """Digest of a safetensors file and its tensors, both from one mapping of it: what is hashed is what is loaded.
+    """Digest of a safetensors file and its tensors, both from one mapping of it: no second opening can be of another.
 
-    The tensors lie in the mapped file, read-only by convention; no byte is copied.
+    The tensors lie in the mapped file, read-only by convention; no byte is copied. A file that is written to while it
+    is loaded goes unnoticed; the node cache never does that, it replaces files by renaming.
 
     Raises:
         DataError: not a safetensors file, or cut.
@@ -116,6 +118,8 @@ def read_hashed(path: Path) -> "tuple[str, dict[str, torch.Tensor]]":
         tensors = {}
         for name, entry in header.items():
             first, last = entry["data_offsets"]
+            if entry["dtype"] not in _DTYPES:
+                raise DataError(f"{path}: {name} has number format {entry['dtype']}, which no engine here reads")
             dtype = getattr(torch, _DTYPES[entry["dtype"]])
             flat = (
                 torch.frombuffer(data, dtype=dtype, count=(last - first) // dtype.itemsize, offset=start + first)
@@ -132,11 +136,17 @@ def proven_digest(manifest: Manifest, policy: Path, loaded: Mapping[str, str]) -
     """Digest of the policy an engine holds, from the bytes it loaded; never copied from the request.
 
     `loaded` are the digests of the weight files as the engine read them; the small files (configuration, tokenizer)
-    are read here.
+    are read here. Every weight file must have been loaded, and nothing else may lie in the folder: engines read what
+    they find there.
 
     Raises:
         DigestMismatch: a file is not the policy's; a sample of it would be another model's.
     """
+    there = {path.relative_to(policy).as_posix() for path in policy.rglob("*") if path.is_file()}
+    if foreign := sorted(there - manifest.names):
+        raise DigestMismatch(
+            f"{policy / foreign[0]} is no file of the policy: clear that cache and run the stage again"
+        )
     entries = []
     for file in manifest.files:
         digest = loaded.get(file.name) or file_digest(policy / file.name)
@@ -146,4 +156,13 @@ def proven_digest(manifest: Manifest, policy: Path, loaded: Mapping[str, str]) -
                 f"something changed {policy / file.name} after it was fetched: clear that cache and run the stage again"
             )
         entries.append(file.model_copy(update={"digest": digest, "size": (policy / file.name).stat().st_size}))
+    weights = {
+        *weight_files(policy),
+        *(name for name in there if name.startswith(f"{ADAPTER_FOLDER}/") and ".safetensors" in name),
+    }
+    if set(loaded) != weights:
+        raise DigestMismatch(
+            f"the engine loaded {', '.join(sorted(loaded)) or 'no weights'}, the policy's weights are "
+            f"{', '.join(sorted(weights))}: nothing proves which policy it holds"
+        )
     return content_digest(manifest.kind, entries)

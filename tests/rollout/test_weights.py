@@ -22,6 +22,10 @@ DTYPES = [
     "uint8",
     "bool",
     "float8_e4m3fn",
+    "uint16",
+    "uint32",
+    "uint64",
+    "float8_e8m0fnu",
 ]
 
 
@@ -65,6 +69,10 @@ def test_the_proof_is_of_what_was_loaded_and_of_every_small_file(make_job, polic
     manifest = Manifest.load(make_job().policy)
     loaded = {"model.safetensors": file_digest(policy_dir / "model.safetensors")}
     assert proven_digest(manifest, policy_dir, loaded) == manifest.digest
+    with pytest.raises(
+        DigestMismatch, match=r"the engine loaded no weights, the policy's weights are model\.safetensors"
+    ):
+        proven_digest(manifest, policy_dir, {})
     with pytest.raises(DigestMismatch, match=r"another model\.safetensors"):
         proven_digest(manifest, policy_dir, {"model.safetensors": "blake3:" + "0" * 64})
 
@@ -77,3 +85,25 @@ def test_a_changed_tokenizer_is_no_proof_either(make_job, policy_dir, tmp_path):
     (copy / "tokenizer.json").write_text((copy / "tokenizer.json").read_text() + " ")
     with pytest.raises(DigestMismatch, match=r"another tokenizer\.json"):
         proven_digest(Manifest.load(make_job().policy), copy, {})
+
+
+@pytest.mark.parametrize("name", ["zz.safetensors", "model.safetensors.index.json", "adapter/adapter_config.json"])
+def test_a_file_an_engine_would_read_and_the_policy_does_not_name_is_no_proof(make_job, policy_dir, tmp_path, name):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in policy_dir.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    loaded = {"model.safetensors": file_digest(policy_dir / "model.safetensors")}
+    manifest = Manifest.load(make_job().policy)
+    assert proven_digest(manifest, copy, loaded) == manifest.digest
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_bytes(b"{}")
+    with pytest.raises(DigestMismatch, match=f"{name} is no file of the policy"):
+        proven_digest(manifest, copy, loaded)
+
+
+def test_a_number_format_nobody_knows_is_named(tmp_path):
+    header = json.dumps({"a": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"00")
+    with pytest.raises(DataError, match="a has number format F4, which no engine here reads"):
+        read_hashed(tmp_path / "x.safetensors")

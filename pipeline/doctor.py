@@ -49,6 +49,7 @@ def examine(settings: PipelineSettings | None, connection: Connection) -> Iterat
                       "grpo doctor settings.toml")  # fmt: skip
     else:
         yield from images(settings.cluster)
+        yield from compile_cache(settings)
         yield from storage(settings.store, connection.store_endpoint)
         yield from tracking(settings)
     yield from kubeflow(connection)
@@ -75,6 +76,15 @@ def images(cluster: ClusterSettings) -> Iterator[Finding]:
             kind, tag = ("failure", "latest") if found["tag"] in (None, "latest") else ("warning", found["tag"])
             yield Finding(kind, f"image of {stage}", f"{image}: the tag {tag} may come to mean another image",
                           "make images REGISTRY=... TAG=... pins by digest")  # fmt: skip
+
+
+def compile_cache(settings: PipelineSettings) -> Iterator[Finding]:
+    """Whether what vLLM compiles on GPUs outlives the pod that compiled it."""
+    rollout, pod = settings.rollout, settings.cluster.rollout
+    compiles = pod.gpus and rollout.engine in ("auto", "vllm") and not rollout.vllm.enforce_eager
+    if compiles and not (pod.cache_claim or rollout.vllm.cache_dir):
+        yield Finding("warning", "compile cache", "every rollout compiles anew: /cache ends with its pod",
+                      "--set cluster.rollout.cache_claim=CLAIM, or rollout.vllm.enforce_eager=true")  # fmt: skip
 
 
 def storage(url: str, endpoint: str | None = None) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ from cluster_server import Cluster, write_kubeconfig
 
 from components.common import kube
 from components.common.settings import validate
+from components.rollout.config import RolloutSettings
 from pipeline import doctor, doctor_cluster
 from pipeline.connection import Connection
 from pipeline.doctor import examine
@@ -65,6 +66,7 @@ def settings(nodes=1, **cluster):
     images = {stage: {"image": f"registry.example/{stage}{DIGEST}"} for stage in STAGES}
     for stage in ("rollout", "update"):
         images[stage] |= {"gpus": 8, "gpu_type": "H100"}
+    images["rollout"]["cache_claim"] = "models"
     for stage, values in cluster.items():
         images[stage] = images.get(stage, {}) | values if isinstance(values, dict) else values
     return validate(PipelineSettings, {
@@ -228,6 +230,16 @@ def test_another_version_of_kubeflow(cluster, no_bucket):
 def test_images(image, state):
     found = {item.what: item for item in doctor.images(settings(reward={"image": image}).cluster)}
     assert found["image of reward"].state == state
+
+
+def test_a_cache_of_compiled_graphs_that_ends_with_its_pod():
+    without = {"cache_claim": None}
+    (found,) = doctor.compile_cache(settings(rollout=without))
+    assert (found.state, "cluster.rollout.cache_claim" in found.mend) == ("warning", True)
+    for quiet in ({"cache_claim": "models"}, {"gpus": 0, "gpu_type": None} | without):
+        assert not list(doctor.compile_cache(settings(rollout=quiet)))
+    eager = validate(RolloutSettings, {"vllm": {"enforce_eager": True}})
+    assert not list(doctor.compile_cache(settings(rollout=without).model_copy(update={"rollout": eager})))
 
 
 def test_without_a_cluster_the_rest_is_checked(monkeypatch, no_bucket, tmp_path):

@@ -100,6 +100,7 @@ def _find_start(settings: RunSettings, store: Store, name: str) -> start.Start |
 
 def _publish(stage: Stage[RunSettings], begin: start.Start | None) -> None:
     settings = stage.settings
+    _warn_of_cut_sampling(settings)
     told = _told(settings)
     if begin is None:
         files = start.model_files(settings.model, stage.work_dir)
@@ -138,6 +139,17 @@ def _note_settings(stage: Stage[RunSettings]) -> None:
         changed = history.model_copy(update={"metadata": history.metadata | told})
         stage.store.put_bytes(changed.dump(), stage.key("history"))
         Path(stage.outputs["history"]).write_bytes(changed.dump())
+
+
+def _warn_of_cut_sampling(settings: RunSettings) -> None:
+    """Where the update would compare the sampler's cut distribution with its own whole one."""
+    rollout = settings.rollout
+    if rollout.top_p < 1 or rollout.top_k is not None:
+        log.warning(
+            "rollout.top_p = %g, top_k = %s: log-probabilities of samples are of the cut distribution, those of the "
+            "update of the whole one, so its correction is biased; leave both open for training",
+            rollout.top_p, rollout.top_k,
+        )  # fmt: skip
 
 
 def _check_context(settings: RunSettings, model: dict[str, Any]) -> None:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from components.common import champion
 from components.common.errors import DataError
 from components.common.logs import task_log
-from components.common.manifest import Manifest, text_digest
+from components.common.manifest import Manifest
 from components.common.stage import Stage, run_stage
+from components.common.tokenizer import tokenizer_digest, tokenizer_files
 from components.dataset.config import DatasetSettings
 from components.dataset.loaders import Place, bring, load
 from components.dataset.presets import PRESETS, Preset, convert
@@ -48,7 +49,7 @@ def _news(stage: Stage[DatasetSettings], prompts: Manifest) -> str:
 def _dataset(stage: Stage[DatasetSettings]) -> None:
     from components.common.records import prompt_fields, write_table
     from components.dataset.split import dataset_digest
-    from components.dataset.tokens import context_length, open_tokenizer, tokenizer_files
+    from components.dataset.tokens import context_length, open_tokenizer
 
     names = tokenizer_files(stage.manifest("policy").names)
     tables = _load_splits(stage.settings, stage.work_dir)
@@ -64,7 +65,7 @@ def _dataset(stage: Stage[DatasetSettings]) -> None:
         "prompts", kind="prompts", files=files, metrics=_metrics(splits),
         metadata={
             "dataset_digest": dataset_digest(splits),
-            "tokenizer_digest": _tokenizer_digest(stage.manifest("policy"), names),
+            "tokenizer_digest": tokenizer_digest(stage.manifest("policy")),
             "source": stage.settings.source.partition("?")[0],
             "columns": splits[0].columns.column_names,
             "context_length": context,
@@ -120,10 +121,6 @@ def _make_splits(
     if settings.num_train is not None:
         train = train.drop([row >= settings.num_train for row in range(len(train.ids))], "beyond num_train")
     return [require_some(train), held_out]
-
-
-def _tokenizer_digest(policy: Manifest, names: list[str]) -> str:
-    return text_digest("\n".join(f"{file.name} {file.digest}" for file in policy.files if file.name in names))
 
 
 def _tell(prompts: "Prompts") -> None:

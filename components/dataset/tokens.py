@@ -5,7 +5,7 @@
 
 import json
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +14,11 @@ from components.dataset.config import PROMPT_MARK, DatasetSettings
 
 log = logging.getLogger("grpo")
 
-TOKENIZER_FILES = frozenset({
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "tekken.json", "chat_template.jinja",
-    "chat_template.json", "config.json",
-})  # fmt: skip
-VOCABULARIES = frozenset(
-    {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json"}
-)
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 PROMPTS_A_CALL = 1000
 
 Prompt = str | list[dict[str, Any]]
 """Text, or chat messages."""
-
-
-def tokenizer_files(names: Collection[str]) -> list[str]:
-    """Which of a policy's files the tokenizer and the length of the context are read from; never the weights.
-
-    Raises:
-        DataError: there is no tokenizer among them.
-    """
-    if not VOCABULARIES & set(names):
-        raise DataError(
-            f"the policy has no tokenizer: want tokenizer.json, it has {', '.join(sorted(names)) or 'no files'}; "
-            "save one beside the weights: tokenizer.save_pretrained(folder)"
-        )
-    return sorted(name for name in names if name in TOKENIZER_FILES or name.startswith("additional_chat_templates/"))
 
 
 def open_tokenizer(folder: Path) -> Any:

@@ -99,10 +99,11 @@ def draw_all(collection: Collection, sampler: Sampler, settings: RolloutSettings
 
 
 def _tell(collection: Collection, sampler: Sampler, total: int, seconds: float, progress: Progress) -> None:
-    speed = collection.num_drawn / seconds
+    drawn, tokens = collection.num_drawn, collection.num_tokens + sampler.tokens_in_flight()
+    left = {"seconds_left": (total - drawn) * seconds / drawn} if drawn else {}  # unknown before the first
     progress(
-        collection.num_drawn, total, tokens_per_second=collection.num_tokens / seconds, running=sampler.load.running,
-        waiting=sampler.load.waiting, seconds_left=(total - collection.num_drawn) / speed if speed else float("nan"),
+        drawn, total, tokens_per_second=tokens / seconds, running=sampler.load.running, waiting=sampler.load.waiting,
+        **left,
     )  # fmt: skip
 
 

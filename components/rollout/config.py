@@ -30,7 +30,7 @@ class VllmSettings(Settings):
     enable_prefix_caching: bool = True
     """Samples of one prompt share its KV cache."""
     quantization: str | None = None
-    """Quantise the weights as they are loaded (`fp8`, `bitsandbytes`, …); unset: as they are stored."""
+    """Quantise the weights as they are loaded (`fp8`, `fp8_per_block`, …); unset: as they are stored."""
     load_format: str = "verified"
     """`verified` hashes the very bytes the engine loads; any of vLLM's own (`safetensors`, `runai_streamer`,
     `fastsafetensors`, …) is checked by hashing the files before and after loading."""
@@ -39,7 +39,8 @@ class VllmSettings(Settings):
     batch_invariant: bool = False
     """Bitwise the same samples in every batch, at some speed; needs a GPU of compute capability 9.0 or above."""
     cache_dir: str | None = None
-    """Folder on the node for compiled graphs, so that a later start of the same shape skips compilation."""
+    """Folder that outlives the pod for compiled graphs, so that a later start of the same shape skips compilation;
+    unset: `vllm/` of `/cache` in our image, which outlives it with `cluster.rollout.cache_claim`."""
 
 
 class OpenaiSettings(Settings):
@@ -94,7 +95,7 @@ class RolloutSettings(Settings):
     """`top_p` of held-out completions."""
     curriculum_weight: float = Field(default=1.0, gt=0, le=1)
     """How often a prompt is drawn whose last group was all alike (all right or all wrong), against one whose was not:
-    0.25 draws it every fourth time. 1: every prompt once an epoch."""
+    0.25 draws it every fourth time. 1: every prompt once an epoch; 1 / weight is rounded to whole epochs."""
     dtype: Dtype = "auto"
     """Number format of the weights while sampling; `auto`: as they are stored."""
     batch_size: int = Field(default=1024, ge=1)
@@ -117,4 +118,11 @@ class RolloutSettings(Settings):
     def _has_baseline(cls, value: int) -> int:
         if value < 2:
             raise ValueError("must be at least 2: one sample has no baseline")
+        return value
+
+    @field_validator("curriculum_weight")
+    @classmethod
+    def _postpones(cls, value: float) -> float:
+        if value != 1 and round(1 / value) == 1:
+            raise ValueError("must be 1 (no curriculum) or at most 0.66: 1 / weight is rounded to whole epochs")
         return value

@@ -49,7 +49,6 @@ class Turns:
         import numpy as np
 
         rows = np.flatnonzero(members_N)
-        check_enough(len(rows), num_prompts)
         order = np.lexsort((ranks(self.keys_N[rows], self.seed, self.turn_N[rows]), self.turn_N[rows]))
         chosen = rows[order[:num_prompts]]
         self.turn_N[chosen] += 1
@@ -90,6 +89,8 @@ def choose_by_outcome(stage: Stage[RolloutSettings], names: Sequence[str]) -> tu
     """Rows of the iteration's prompts, the metadata that carries the turns on, and how many prompts were postponed."""
     context, settings, iteration = stage.context, stage.settings, stage.iteration
     keys_N, members_N = prompt_keys(names), members_of(prompt_keys(names), iteration, context.staleness)
+    half = " in this half (staleness = 1 with a curriculum_weight halves them)" if context.staleness else ""
+    check_enough(int(members_N.sum()), settings.num_prompts, f"train prompts{half}")
     belongs_to = {"prompts": stage.manifest("prompts").digest, "seed": context.seed, "staleness": context.staleness}
     found, postponed = scored_before(stage, belongs_to), []
     if found is None:
@@ -110,7 +111,6 @@ def _fresh(keys_N: "np.ndarray", members_N: "np.ndarray", stage: Stage[RolloutSe
 
     turn_N, done = np.zeros(len(keys_N), dtype=np.int64), stage.iteration // (stage.context.staleness + 1)
     size, seed = stage.settings.num_prompts, stage.context.seed
-    check_enough(int(members_N.sum()), size)
     turn_N[members_N] = visits_before(keys_N[members_N], seed=seed, num_prompts=size, iteration=done)
     return Turns(keys_N, turn_N, seed)
 

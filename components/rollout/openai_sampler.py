@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from components.common.errors import DigestMismatch, SettingsError, StageError
@@ -25,6 +25,7 @@ log = logging.getLogger("grpo")
 
 _SHORTEST_DIGEST = 12
 """Hex digits a model's name must share with the policy's digest to count as proof."""
+_PROTOCOL = "rollout.openai.base_url must lead to an OpenAI-compatible completions API, up to and including /v1"
 _RETRIED = (408, 409, 429, 500, 502, 503, 504)
 
 
@@ -70,13 +71,18 @@ class OpenaiSampler:
             for done in range(len(requests)):
                 left = len(requests) - done
                 self.load = Load(running=min(seats, left), waiting=max(0, left - seats))
-                answer = answers.get()
+                while (answer := _next(answers)) is None:
+                    yield []
                 if isinstance(answer, Exception):
                     raise answer
                 yield [answer]
         finally:
             unasked.clear()
             self.load = Load()
+
+    def tokens_in_flight(self) -> int:
+        """A server tells of an answer when it is whole."""
+        return 0
 
     def close(self) -> None:
         """Closes the connections."""
@@ -103,7 +109,7 @@ class OpenaiSampler:
             return Completion.failed(request, f"the server did not answer: {error}")
         if status != 200:
             return Completion.failed(request, f"the server answered {status}: {_message(data)}")
-        choice = data["choices"][0]
+        choice = _choice(data)
         if choice.get("finish_reason") not in ("stop", "length"):
             return Completion.failed(request, f"the server ended the request with {choice.get('finish_reason')!r}")
         ids, logprobs = parse_choice(choice)
@@ -132,16 +138,31 @@ class OpenaiSampler:
         tops = []
         for temperature in (1.0, 0.5):
             plain = Sampling(temperature=temperature, max_tokens=1)
-            status, data = self._call("POST", "/completions", self._body(replace(request, sampling=plain), logprobs=2))
-            if status != 200:
-                raise StageError(f"the server answered {status} to a first question: {_message(data)}")
-            tops.append(_logprobs(data["choices"][0]).get("top_logprobs", [{}])[0])
-        if tops[0] and tops[0] == tops[1]:
+            tops.append(self._top_logprobs(replace(request, sampling=plain)))
+        if tops[0] == tops[1]:
             raise StageError(
                 "the server's log-probabilities do not follow the temperature, so they are not those of the sampling "
                 "distribution: start it with --logprobs-mode processed_logprobs, or sample at temperature 1 with "
                 "neither top_p nor top_k"
             )
+
+    def _top_logprobs(self, request: SampleRequest) -> dict[str, float]:
+        """Log-probabilities of the likeliest first tokens. Raises StageError when the server does not give them."""
+        import urllib3
+
+        try:
+            status, data = self._call("POST", "/completions", self._body(request, logprobs=2))
+        except urllib3.exceptions.HTTPError as error:
+            raise StageError(f"the server did not answer a first question: {error}") from None
+        if status != 200:
+            raise StageError(f"the server answered {status} to a first question: {_message(data)}")
+        match _logprobs(_choice(data)).get("top_logprobs"):
+            case [{**top}, *_] if top:
+                return top
+        raise StageError(
+            "the server gives no top_logprobs, so nothing shows whether its log-probabilities follow the temperature: "
+            "sample at temperature 1 with neither top_p nor top_k, or from another server"
+        )
 
     def _choose_model(self, manifest: Manifest) -> tuple[str, str]:
         """Name of the model to ask for, and how it is known to be the policy: by its `name`, or not (`none`)."""
@@ -153,7 +174,12 @@ class OpenaiSampler:
             raise StageError(f"no server at rollout.openai.base_url = {self.settings.base_url}: {error}") from None
         if status != 200:
             raise StageError(f"{self.settings.base_url}/models answered {status}: {_message(data)}")
-        names = {model["id"]: f"{model['id']} {model.get('root', '')}" for model in data["data"]}
+        try:
+            names = {model["id"]: f"{model['id']} {model.get('root', '')}" for model in data["data"]}
+        except (KeyError, TypeError, AttributeError):
+            raise StageError(
+                f"{self.settings.base_url}/models lists no models but {_message(data)}: {_PROTOCOL}"
+            ) from None
         return choose_model(names, self.settings.model, manifest.digest, self.settings.allow_unproven)
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
@@ -203,7 +229,7 @@ def parse_choice(choice: dict[str, Any]) -> tuple[list[int], list[float]]:
     logprobs = _logprobs(choice)
     ids = choice.get("token_ids")
     if ids is None:
-        marked = [re.fullmatch(r"token_id:(\d+)", token) for token in logprobs["tokens"]]
+        marked = [re.fullmatch(r"token_id:(\d+)", str(token)) for token in logprobs.get("tokens") or [""]]
         if not all(marked):
             raise StageError("the server's answers have no token ids: vLLM from 0.10.2 returns them")
         ids = [int(match[1]) for match in marked]
@@ -213,9 +239,24 @@ def parse_choice(choice: dict[str, Any]) -> tuple[list[int], list[float]]:
     return list(ids), [float("nan") if value is None else float(value) for value in values]
 
 
+def _next(answers: "SimpleQueue[Completion | Exception]") -> Completion | Exception | None:
+    """The next answer; None when there is none for a second."""
+    try:
+        return answers.get(timeout=1)
+    except Empty:
+        return None
+
+
+def _choice(data: Any) -> dict[str, Any]:
+    match data:
+        case {"choices": [{**choice}, *_]}:
+            return choice
+    raise StageError(f"the server's answer has no choices but {_message(data)}: {_PROTOCOL}")
+
+
 def _logprobs(choice: dict[str, Any]) -> dict[str, Any]:
     found = choice.get("logprobs")
-    if not found or "token_logprobs" not in found:
+    if not isinstance(found, dict) or not isinstance(found.get("token_logprobs"), list):
         raise StageError("the server answers without log-probabilities, which training needs: serve with them enabled")
     return found
 

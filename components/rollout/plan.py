@@ -98,8 +98,10 @@ def longest_prompt(tables: "Iterable[pa.Table]") -> int:
     return max(pc.max(pc.list_value_length(table.column("prompt_ids"))).as_py() or 0 for table in tables)
 
 
-def check_fits(groups: Sequence[Group], *, context: int | None, vocabulary: int | None) -> None:
-    """Refuses prompts that the policy cannot take, before an engine is started.
+def check_fits(
+    groups: Sequence[Group], *, context: int | None, vocabulary: int | None, max_model_len: int | None = None
+) -> None:
+    """Refuses prompts that the policy, or an engine of `max_model_len` tokens, cannot take, before one is started.
 
     Raises:
         DataError: a prompt with its completion is longer than the model's context, or has a token id the model lacks.
@@ -114,6 +116,11 @@ def check_fits(groups: Sequence[Group], *, context: int | None, vocabulary: int 
                 f"prompt {request.prompt_id} has {length} tokens and {reserve} are kept for its completion, but the "
                 f"model's context is {context}: set dataset.max_prompt_length to {max(context - reserve, 0)} or less, "
                 "or lower rollout.max_completion_length"
+            )
+        if max_model_len is not None and length + reserve > max_model_len:
+            raise DataError(
+                f"prompt {request.prompt_id} has {length} tokens and {reserve} are kept for its completion, but "
+                f"rollout.vllm.max_model_len is {max_model_len}: set it to {length + reserve} or more, or unset it"
             )
         if vocabulary is not None and max(request.prompt_ids) >= vocabulary:
             raise DataError(

@@ -71,11 +71,11 @@ def _over_the_end(
     return (pending, fresh), following[~np.isin(following, fresh)]
 
 
-def check_enough(num_train: int, num_prompts: int) -> None:
+def check_enough(num_train: int, num_prompts: int, which: str = "train prompts") -> None:
     """Refuses an iteration that would need a prompt twice. Raises DataError."""
     if num_train < num_prompts:
         raise DataError(
-            f"rollout.num_prompts = {num_prompts}, but there are {num_train} train prompts: "
+            f"rollout.num_prompts = {num_prompts}, but there are {num_train} {which}: "
             f"set it to {num_train} or less, or bring more prompts"
         )
 

@@ -41,8 +41,9 @@ def run_elsewhere(python: str, module: str, arguments: Mapping[str, object]) -> 
     )  # fmt: skip
     tail = _follow(child)
     if child.returncode != 0:
-        message = next((line for line in reversed(tail) if line.startswith(f"python -m {module}: ")), None)
-        why = message.removeprefix(f"python -m {module}: ") if message else "\n".join(tail)
+        head, lines = f"python -m {module}: ", list(tail)
+        starts = [number for number, line in enumerate(lines) if line.startswith(head)]
+        why = "\n".join(lines[starts[-1] :]).removeprefix(head) if starts else "\n".join(lines)
         raise StageError(f"{module} in {python} ended with status {child.returncode}: {why}")
 
 

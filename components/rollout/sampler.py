@@ -73,7 +73,8 @@ class Load:
 class Sampler(Protocol):
     """An engine that holds one policy.
 
-    `sample` yields each request's completion once, in any order, as many at a time as come together. A given engine
+    `sample` yields each request's completion once, in any order, as many at a time as come together; while it takes
+    long it yields none from time to time, so that progress can be told. A given engine
     draws the same completion for a request (same prompt, seed and sampling) in whichever batch or shard it stands, up
     to rounding in the logits.
     """
@@ -93,6 +94,9 @@ class Sampler(Protocol):
     def sample(self, requests: Sequence[SampleRequest]) -> Iterator[Sequence[Completion]]:
         """Draws a completion for every request."""
 
+    def tokens_in_flight(self) -> int:
+        """Tokens drawn so far for samples that were not yielded yet; 0 where an engine cannot tell."""
+
     def close(self) -> None:
         """Frees the device and ends child processes."""
 
@@ -111,12 +115,28 @@ def checked(completion: Completion) -> Completion:
 
 
 def stop_tokens(policy: Path) -> tuple[int, ...]:
-    """End tokens of a policy: those of `generation_config.json`, or of `config.json`."""
+    """End tokens of a policy: those of `generation_config.json`, or of `config.json`, and its tokenizer's."""
     import json
 
+    found: list[int] = []
     for name in ("generation_config.json", "config.json"):
         path = policy / name
         value = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
         if value is not None:
-            return tuple(value) if isinstance(value, list) else (value,)
-    return ()
+            found += value if isinstance(value, list) else [value]
+            break
+    return tuple(dict.fromkeys([*found, *_tokenizer_end(policy)]))
+
+
+def _tokenizer_end(policy: Path) -> list[int]:
+    """The end token that `tokenizer_config.json` names; none where it or `tokenizer.json` does not."""
+    import json
+
+    config, vocabulary = policy / "tokenizer_config.json", policy / "tokenizer.json"
+    token = json.loads(config.read_text()).get("eos_token") if config.exists() else None
+    if token is None or not vocabulary.exists():
+        return []
+    from tokenizers import Tokenizer
+
+    number = Tokenizer.from_file(str(vocabulary)).token_to_id(token["content"] if isinstance(token, dict) else token)
+    return [] if number is None else [number]

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.common.errors import StageError
+from components.common.errors import DataError, StageError
 from components.common.settings import load_stage
 from components.common.stage import Stage, run_stage
+from components.common.tokenizer import tokenizer_digest
 from components.rollout.config import RolloutSettings
 from components.rollout.relay import run_elsewhere, runs_elsewhere
 
@@ -46,6 +47,7 @@ def run(settings: str, iteration: int, shard: int, policy: Path, prompts: Path, 
 
 def _rollout(stage: Stage[RolloutSettings]) -> None:
     from components.rollout.collect import Collection, check_failures
+    from components.rollout.engines import engine_name
     from components.rollout.plan import check_fits, in_drawing_order, longest_prompt
     from components.rollout.resume import Saved
     from components.rollout.sampler import stop_tokens
@@ -53,8 +55,17 @@ def _rollout(stage: Stage[RolloutSettings]) -> None:
 
     _check_policy(stage)
     folder, tables = stage.fetch("policy"), _read_prompts(stage)
-    groups, carried = _plan(stage, tables, stop_tokens(folder))
-    check_fits(groups, context=context_length(folder), vocabulary=vocabulary_size(folder))
+    ends = stop_tokens(folder)
+    if not (ends or stage.settings.stop or stage.settings.stop_token_ids):
+        log.warning(
+            "neither the policy's configuration nor its tokenizer names an end token, so every completion runs to "
+            "max_completion_length: set rollout.stop_token_ids or rollout.stop"
+        )
+    groups, carried = _plan(stage, tables, ends)
+    check_fits(
+        groups, context=context_length(folder), vocabulary=vocabulary_size(folder),
+        max_model_len=stage.settings.vllm.max_model_len if engine_name(stage.settings) == "vllm" else None,
+    )  # fmt: skip
     digest, context = stage.manifest("policy").digest, stage.context
     place = f"partial/{context.fine_tune}/{context.run}/{stage.iteration:04d}/rollout-{stage.shard:02d}/"
     key = stage.producer.key.rpartition(":")[2][:16]
@@ -71,13 +82,19 @@ def _rollout(stage: Stage[RolloutSettings]) -> None:
 
 
 def _check_policy(stage: Stage[RolloutSettings]) -> None:
-    """Refuses a policy of another iteration than this rollout's."""
+    """Refuses a policy of another iteration than this rollout's, or of another tokenizer than the prompts'."""
     have = stage.manifest("policy").iteration
     first, want, behind = stage.context.first_iteration, stage.iteration, stage.context.staleness
     if have is not None and not max(first, want - behind) <= have <= want:
         raise StageError(
             f"iteration {want} was given the policy of iteration {have}; with staleness {behind} it samples from "
             f"policy {max(first, want - behind)}{' or ' + str(want) if behind else ''}: check how the stages are wired"
+        )
+    made_with = stage.manifest("prompts").metadata.get("tokenizer_digest")
+    if made_with not in (None, tokenizer_digest(stage.manifest("policy"))):
+        raise DataError(
+            "the prompts were made with another tokenizer or chat template than this policy's: run the dataset stage "
+            "with this policy"
         )
 
 

@@ -52,6 +52,7 @@ class TransformersSampler:
         if settings.num_threads:
             torch.set_num_threads(settings.num_threads)
         self.load, self.proof = Load(), "bytes"
+        self._rows = _Rows([])
         self.batch_size = settings.batch_size
         self.decode = decode
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,6 +84,10 @@ class TransformersSampler:
         """Digest of the policy, of the bytes that were loaded."""
         return proven_digest(manifest, policy, self._digests)
 
+    def tokens_in_flight(self) -> int:
+        """Tokens of the batch that is being drawn."""
+        return sum(map(len, self._rows.ids))
+
     def close(self) -> None:
         """Frees the model."""
         del self.model
@@ -91,21 +96,25 @@ class TransformersSampler:
         """Draws every request, about `batch_size` at a time, and yields a batch when all of it is drawn.
 
         Batches hold whole groups, so that one that goes on after finished batches forms the same ones as before.
+        Before that, each token drawn yields nothing.
         """
         import torch
 
         self.load = Load(waiting=len(requests))
         for batch in _batches(requests, self.batch_size):
             self.load = Load(running=len(batch), waiting=self.load.waiting - len(batch))
-            with torch.inference_mode():
-                completions = list(self._decode_batch(batch, batch[0].sampling))
-            self.load = Load(waiting=self.load.waiting)
+            completions = []
+            for ended in torch.inference_mode()(self._decode_batch)(batch, batch[0].sampling):
+                completions += ended
+                yield []
+            self.load, self._rows = Load(waiting=self.load.waiting), _Rows([])
             yield completions
 
-    def _decode_batch(self, requests: list[SampleRequest], sampling: Sampling) -> Iterator[Completion]:
+    def _decode_batch(self, requests: list[SampleRequest], sampling: Sampling) -> Iterator[list[Completion]]:
+        """Draws a token of every row at a time; yields those that have ended."""
         import torch
 
-        rows = _Rows(requests)
+        rows = self._rows = _Rows(requests)
         draw = Draw(sampling)
         prompts, owner = _distinct_prompts(requests)
         logits_BV, cache, mask_BT = self._prefill(prompts, owner)
@@ -115,9 +124,10 @@ class TransformersSampler:
         for position in range(sampling.max_tokens):
             ids_B, logprobs_B = draw(logits_BV, uniform(seeds_B, position))
             reasons = self._note(rows, alive, ids_B.tolist(), logprobs_B.tolist(), sampling, position)
-            for row, reason in zip(alive, reasons, strict=True):
-                if reason:
-                    yield checked(Completion(requests[row], rows.ids[row], rows.logprobs[row], reason))
+            yield [
+                checked(Completion(requests[row], rows.ids[row], rows.logprobs[row], reason))
+                for row, reason in zip(alive, reasons, strict=True) if reason
+            ]  # fmt: skip
             kept = [slot for slot, reason in enumerate(reasons) if not reason]
             if not kept:
                 return
@@ -170,7 +180,10 @@ class TransformersSampler:
         return reasons
 
     def _stops(self, ids: list[int], stop: tuple[str, ...]) -> bool:
-        tail = self.decode(ids[-max(map(len, stop)) - 4 :])  # a token is at least a character, or part of one
+        longest = max(len(text.encode()) for text in stop)
+        tail = self.decode(
+            ids[-longest - 4 :]
+        )  # a token is at least a byte; the first ones may be parts of a character
         return any(text in tail for text in stop)
 
 

@@ -48,6 +48,8 @@ class VllmSampler:
         gc.freeze()  # vLLM looks for garbage five times while it starts; what its import leaves behind is none
         with contextlib.chdir(policy.parent):  # the model's path is part of the compile cache's key: keep it the same
             self.llm = LLM(**engine_arguments(policy, settings, longest=longest, num_requests=num_requests))
+        if self.adapter:  # else it would be loaded by the first request, after what was hashed
+            self.llm.llm_engine.add_lora(self._lora_request())
         self._digests = self._worker_digests() | {name: file_digest(policy / name) for name in unhashed}
         for name, digest in before.items():
             if self._digests[name] != digest:
@@ -74,6 +76,11 @@ class VllmSampler:
             done = [output for output in engine.step() if output.finished]
             yield [_completion(by_name[output.request_id], output.outputs[0]) for output in done]
         self.load = Load()
+
+    def tokens_in_flight(self) -> int:
+        """Tokens drawn for requests that go on."""
+        states = self.llm.llm_engine.output_processor.request_states.values()
+        return sum(state.detokenizer.num_output_tokens() for state in states)
 
     def close(self) -> None:
         """Ends the engine and its workers, and frees the device."""
@@ -165,15 +172,16 @@ def _completion(request: SampleRequest, output: Any) -> Completion:
 
 
 def _prepare_environment(settings: RolloutSettings) -> None:
-    """vLLM reads these variables when it is imported; one that the user has set stays."""
+    """vLLM reads these variables when it is imported. Settings count; where there is none, one that is set stays."""
     import torch
 
+    os.environ["VLLM_BATCH_INVARIANT"] = str(int(settings.vllm.batch_invariant))
+    if settings.vllm.cache_dir is not None:
+        os.environ["VLLM_CACHE_ROOT"] = settings.vllm.cache_dir
     variables = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process: it starts sooner and ends with us
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_BATCH_INVARIANT": "1" if settings.vllm.batch_invariant else None,
-        "VLLM_CACHE_ROOT": settings.vllm.cache_dir,
     }
     if not torch.cuda.is_available():
         if settings.num_threads:

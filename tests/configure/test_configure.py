@@ -78,6 +78,15 @@ def test_prompt_and_completion_must_fit_the_context(configure):
         configure({"rollout.max_completion_length": 84})
 
 
+def test_a_cut_distribution_in_training_warns(configure, monkeypatch):
+    lines = []
+    monkeypatch.setattr("components.configure.stage.log.warning", lambda text, *values: lines.append(text % values))
+    configure()
+    assert lines == []
+    configure({"rollout.top_p": 0.9}, name="run-2")
+    assert [line[:40] for line in lines] == ["rollout.top_p = 0.9, top_k = None: log-p"]
+
+
 def test_what_is_right_is_said_by_a_reward_function_there_is(configure):
     with pytest.raises(SettingsError, match=r"correct_reward: want one of the reward functions \(\w+\), got 'mach'"):
         configure(evaluate={"correct_reward": "mach"})

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from components.common.errors import DataError
 from components.common.manifest import Manifest, Producer
 from components.common.records import reward_fields, write_table
 from components.common.store import open_store
+from components.rollout.config import RolloutSettings
 from components.rollout.curriculum import Turns, alike_groups, members_of
 from components.rollout.prompts import choose, prompt_keys, visits_before
 from tests.rollout.conftest import Job
@@ -81,6 +83,20 @@ def test_two_chains_share_the_prompts_without_overlap():
     assert abs(int(even.sum()) - int(odd.sum())) == 1
     assert np.array_equal(even, members_of(keys, 6, 1))
     assert members_of(keys, 3, 0).all()
+
+
+def test_a_half_with_too_few_prompts_is_named(make_job):
+    job = make_job(num_train=24, staleness=1)
+    with pytest.raises(
+        DataError, match=r"there are 12 train prompts in this half \(staleness = 1 with a curriculum_weight"
+    ):
+        job.run(curriculum_weight=0.5, num_prompts=13)
+
+
+def test_a_weight_that_would_postpone_nothing_is_refused():
+    with pytest.raises(ValueError, match="must be 1"):
+        RolloutSettings(curriculum_weight=0.7)
+    assert RolloutSettings(curriculum_weight=0.66).curriculum_weight == 0.66
 
 
 def test_a_group_is_alike_when_all_its_rewards_are_one():

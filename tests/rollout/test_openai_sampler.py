@@ -254,6 +254,7 @@ def test_a_server_that_stays_busy_gives_failed_samples(misbehaving):
 def asked_of(server, **changes) -> dict:
     """Settings of a stage that samples from the server."""
     values = {"base_url": f"http://127.0.0.1:{server.server_port}/v1", "retries": 0, "allow_unproven": True}
+    values["concurrency"] = 4  # the test's server queues five connections
     return {"engine": "openai", "openai": values | changes, "save_every_seconds": 0}
 
 
@@ -350,3 +351,50 @@ def test_the_served_name_is_the_proof():
         choose_model({"a": "a"}, "b", DIGEST, False)
     with pytest.raises(SettingsError, match=r"several models \(a, b\)"):
         choose_model({"a": "a", "b": "b"}, None, DIGEST, False)
+
+
+class Odd(Answers):
+    """Answers every question with `value`."""
+
+    value: object = None
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer(200, self.value)
+
+
+WARM = Sampling(temperature=0.7, max_tokens=4)
+WITHOUT_TOPS = {"choices": [GOOD | {"logprobs": GOOD["logprobs"] | {"top_logprobs": None}}]}
+
+
+@pytest.mark.parametrize(("value", "sampling", "message"), [
+    ({"result": 1}, PLAIN, r"answer has no choices but \{'result': 1\}: rollout.openai.base_url must lead to"),
+    ({"choices": []}, PLAIN, "answer has no choices"),
+    ([], WARM, "answer has no choices"),
+    ({"choices": [GOOD | {"logprobs": {"content": []}}]}, PLAIN, "answers without log-probabilities"),
+    (WITHOUT_TOPS, WARM, "gives no top_logprobs, so nothing shows"),
+    ({"choices": [GOOD | {"logprobs": {"token_logprobs": [-0.5, -0.2]}}]}, WARM, "gives no top_logprobs"),
+    ({"choices": [{"finish_reason": "stop", "logprobs": {"token_logprobs": [-1.0]}}]}, PLAIN, "have no token ids"),
+])  # fmt: skip
+def test_a_server_of_another_protocol_is_told_in_words(misbehaving, monkeypatch, value, sampling, message):
+    server = misbehaving()
+    server.RequestHandlerClass = type("Handler", (Odd,), {"value": value})
+    with pytest.raises(StageError, match=message):
+        collected(server, sampling)
+
+
+def test_a_server_that_is_gone_at_the_first_question_is_told_in_words(misbehaving):
+    server = misbehaving()
+    sampler = OpenaiSampler(settings(server.server_port, retries=0), Served())
+    server.shutdown()
+    server.server_close()
+    sampler.close()  # the connection that is open would still be answered
+    with pytest.raises(StageError, match="the server did not answer a first question"):
+        list(sampler.sample(requests(WARM)))
+
+
+def test_a_list_of_models_of_another_kind_is_told_in_words(misbehaving):
+    server = misbehaving()
+    server.RequestHandlerClass = type("Handler", (Odd,), {"do_GET": lambda self: self.answer(200, {"models": []})})
+    with pytest.raises(StageError, match="lists no models but"):
+        OpenaiSampler(settings(server.server_port), Served())

@@ -153,3 +153,12 @@ def test_a_folder_without_weights_is_refused(policy_dir, tmp_path):
     (tmp_path / "config.json").write_bytes((policy_dir / "config.json").read_bytes())
     with pytest.raises(DataError, match=r"has no \*.safetensors file"):
         start(tmp_path)
+
+
+def test_a_stop_text_of_many_bytes_is_seen(policy_dir):
+    """Of byte-level tokens each character of this text takes three."""
+    sampler = start(policy_dir)
+    sampler.decode = lambda ids: bytes(ids).decode(errors="replace")
+    ids = list("x 終わりです".encode())
+    seen = [sampler._stops(ids[:count], ("終わりです",)) for count in range(1, len(ids) + 1)]
+    assert seen == [False] * (len(ids) - 1) + [True]

@@ -11,10 +11,12 @@ import shutil
 import subprocess
 from collections import Counter
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from components.common.manifest import file_digest
 from components.rollout.config import RolloutSettings
@@ -57,6 +59,11 @@ ROUNDS["wide"] = [
 ]
 
 
+ALL_ROUNDS = dict.fromkeys(("float32", "bfloat16", "adapted", "cut", "greedy for memory"), ROUNDS)
+STOPS = ("7", "ab")
+STOPPED = Sampling(temperature=1.0, stop=STOPS, **ENDS)
+
+
 def make_adapter(policy: Path, folder: Path) -> Path:
     """The policy with a LoRA adapter beside it that changes its answers."""
     from peft import LoraConfig, get_peft_model
@@ -76,6 +83,22 @@ def make_adapter(policy: Path, folder: Path) -> Path:
     return folder
 
 
+def silent_adapter(adapted: Path, path: Path) -> Path:
+    """Weights of an adapter that changes nothing."""
+    weights = load_file(adapted / "adapter/adapter_model.safetensors")
+    save_file({name: torch.zeros_like(weight) for name, weight in weights.items()}, path)
+    return path
+
+
+def with_nan(policy: Path, folder: Path) -> Path:
+    """The policy with one number of its last norm broken."""
+    shutil.copytree(policy, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 @pytest.fixture(scope="module")
 def adapted_dir(policy_dir, tmp_path_factory) -> Path:
     return make_adapter(policy_dir, tmp_path_factory.mktemp("adapted") / "policy")
@@ -90,23 +113,35 @@ def probed(vllm_python, policy_dir, bf16_dir, adapted_dir, tmp_path_factory) -> 
     for path in policy_dir.iterdir():
         (cut / path.name).write_bytes(path.read_bytes()[: 20_000 if path.suffix == ".safetensors" else None])
     policies = {"float32": policy_dir, "bfloat16": bf16_dir, "adapted": adapted_dir, "cut": cut}
-    rounds = [[asdict(request) for request in wanted] for wanted in ROUNDS.values()]
     policies["greedy for memory"] = policy_dir
     policies["moved"] = shutil.copytree(policy_dir, folder / "elsewhere" / policy_dir.name)
-    plan = {"policies": [{"folder": str(path), "rounds": rounds} for path in policies.values()]}
-    plan["policies"][-2]["settings"] = {"vllm": {"cpu_kv_cache_gib": 100_000}}
-    plan["policies"][-1]["rounds"] = []
+    policies["swapped"] = shutil.copytree(adapted_dir, folder / "swapped")
+    policies["stopped"] = policy_dir
+    policies["NaN"] = with_nan(policy_dir, folder / "nan")
+    options: dict[str, dict] = {name: {} for name in policies}
+    options["greedy for memory"]["settings"] = {"vllm": {"cpu_kv_cache_gib": 100_000}}
+    options["swapped"]["swapped_adapter"] = str(silent_adapter(adapted_dir, folder / "silent.safetensors"))
+    options["stopped"]["settings"] = {"stop": STOPS}
+    rounds = ALL_ROUNDS | {
+        "moved": {}, "swapped": {"greedy": ROUNDS["greedy"]}, "stopped": {"stops": requests(STOPPED)},
+        "NaN": {"plain": ROUNDS["plain"][:8]},
+    }  # fmt: skip
+    plan = {"policies": [
+        {"folder": str(path), "rounds": [[asdict(request) for request in wanted] for wanted in rounds[name].values()]}
+        | options[name]
+        for name, path in policies.items()
+    ]}  # fmt: skip
     (folder / "plan.json").write_text(json.dumps(plan))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [vllm_python, str(Path(__file__).with_name("vllm_probe.py")), "plan.json", "out.json"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     outcomes = dict(zip(policies, json.loads((folder / "out.json").read_text()), strict=True))
-    for outcome in outcomes.values():
+    for policy, outcome in outcomes.items():
         if outcome.get("rounds"):
             outcome["completions"] = {
                 name: [Completion(request, *row) for request, row in zip(wanted, rows, strict=True)]
-                for (name, wanted), rows in zip(ROUNDS.items(), outcome["rounds"], strict=True)
+                for (name, wanted), rows in zip(rounds[policy].items(), outcome["rounds"], strict=True)
             }
     return outcomes
 
@@ -201,6 +236,39 @@ def test_digests_are_those_of_the_files_that_were_loaded(probed, policy_dir, ada
     assert probed["float32"]["digests"] == {"model.safetensors": file_digest(policy_dir / "model.safetensors")}
     names = ("model.safetensors", "adapter/adapter_model.safetensors")
     assert probed["adapted"]["digests"] == {name: file_digest(adapted_dir / name) for name in names}
+
+
+def test_an_adapter_that_is_changed_after_the_start_is_not_the_one_that_samples(probed):
+    swapped, adapted = (probed[policy]["completions"]["greedy"] for policy in ("swapped", "adapted"))
+    assert [c.completion_ids for c in swapped] == [c.completion_ids for c in adapted]
+    assert probed["swapped"]["digests"] == probed["adapted"]["digests"]
+
+
+def test_a_stop_text_ends_a_sample_within_vllm(probed):
+    """Letters are tokens from 2 on: "7" is 9, "a" and "b" are 15 and 16."""
+    completions = probed["stopped"]["completions"]["stops"]
+    ended = 0
+    for completion in completions:
+        ids = completion.completion_ids
+        at_stop = 9 in ids or any(pair == (15, 16) for pair in pairwise(ids))
+        assert at_stop == (ids[-1] == 9 or ids[-2:] == [15, 16])
+        assert (completion.finish_reason == "stop") == (at_stop or ids[-1] == END)
+        ended += at_stop
+    assert 0 < ended < len(completions)
+
+
+def test_nan_logits_within_vllm_are_failed_samples(probed):
+    for completion in probed["NaN"]["completions"]["plain"]:
+        assert completion.finish_reason == "error"
+        assert completion.error == "the policy's logits are NaN or infinite"
+
+
+def test_tokens_of_running_requests_are_counted(probed):
+    """All 64 samples are in flight from the first step on, each a token further every step."""
+    counts = probed["float32"]["in_flight"][0]
+    assert 0 < counts[0] <= 64
+    assert max(counts) > 128
+    assert counts[-1] == 0
 
 
 def test_cut_weights_do_not_start(probed):

@@ -36,9 +36,17 @@ def probe(policy: dict) -> dict:
         "vllm", settings, Path(policy["folder"]), None, lambda ids: [""], longest=64, num_requests=256
     )
     outcome = {"start_seconds": time.monotonic() - started, "digests": engine._digests, "rounds": []}
+    if "swapped_adapter" in policy:  # after the start: the requests must still get the one that was there
+        Path(policy["folder"], "adapter/adapter_model.safetensors").write_bytes(
+            Path(policy["swapped_adapter"]).read_bytes()
+        )
     outcome["compile_key"] = engine.llm.llm_engine.vllm_config.compute_hash()
     for requests in rounds:
-        found = {id(c.request): c for batch in engine.sample(requests) for c in batch}
+        found, in_flight = {}, []
+        for batch in engine.sample(requests):
+            found |= {id(c.request): c for c in batch}
+            in_flight.append(engine.tokens_in_flight())
+        outcome.setdefault("in_flight", []).append(in_flight)
         completions = [found[id(request)] for request in requests]
         outcome["rounds"].append([[c.completion_ids, c.logprobs, c.finish_reason, c.error] for c in completions])
     engine.close()

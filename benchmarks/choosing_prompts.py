@@ -5,11 +5,11 @@
 
 The recipe's model, problems, sampling and update (dapo loss, group-normalised advantages, AdamW, learning rate 1e-3
 with 8 steps of warm-up, 8 minibatches), with the rollout stage's own sampler and choice of prompts, and no stage
-around them: processes and artifacts cost time here and change no number. Three ways, on the same seeds:
+around them: processes and artifacts cost time here and change no number. Ways, on the same seeds:
 
     plain        every prompt once an epoch
     curriculum   prompts whose last group was all alike are drawn a quarter as often
-    stale        plain, but each rollout samples from the policy one update behind; truncated importance weights
+    stale-MODE   plain, but each rollout samples from the policy one update behind; `update.correction` is MODE
 
 `--problems` keeps the train set small, so that prompts come again (an epoch is two iterations by default): on a first
 epoch a curriculum knows nothing. Printed: pass@1 on held-out sums after every other iteration, and the share of groups
@@ -37,12 +37,14 @@ from components.rollout.prompts import prompt_keys
 from components.rollout.sampler import SampleRequest, Sampling, sample_seed, stop_tokens
 from components.rollout.text import open_tokenizer
 from components.rollout.transformers_sampler import TransformersSampler
+from components.update.config import CorrectionMode
 from components.update.correction import off_policy_correction
 from components.update.losses import BatchTotals, policy_loss, sequence_weights
 
 # P prompts, G completions a prompt, B sequences, T tokens, N completion tokens
 PROMPTS, GROUP_SIZE, MAX_TOKENS = 512, 16, 8
 MINIBATCHES, LEARNING_RATE, WARMUP_STEPS, CLIP_NORM = 8, 1e-3, 8, 1.0
+WAYS = ["plain", "curriculum", "stale-none", "stale-token_truncate", "stale-sequence_truncate"]
 EPSILON_LOW, EPSILON_HIGH, CORRECTION_CAP = 0.2, 0.28, 2.0
 
 
@@ -86,8 +88,8 @@ class Task:
 class Trainer:
     """The recipe's update."""
 
-    def __init__(self, model: torch.nn.Module, *, stale: bool) -> None:
-        self.model, self.stale = model, stale
+    def __init__(self, model: torch.nn.Module, correction: CorrectionMode) -> None:
+        self.model, self.correction = model, correction
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda n: min(1, (n + 1) / WARMUP_STEPS))
 
@@ -117,8 +119,9 @@ class Trainer:
             "dapo", logprobs_N, old_N, advantages_N, sequence_N, len(completions),
             epsilon_low=EPSILON_LOW, epsilon_high=EPSILON_HIGH,
         ).loss_N  # fmt: skip
-        mode = "token_truncate" if self.stale else "none"
-        correction = off_policy_correction(mode, old_N, behaviour_N, sequence_N, len(completions), cap=CORRECTION_CAP)
+        correction = off_policy_correction(
+            self.correction, old_N, behaviour_N, sequence_N, len(completions), cap=CORRECTION_CAP
+        )
         (loss_N * correction.weights_N * torch.tensor(weights_B, dtype=torch.float32)[sequence_N]).sum().backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
         self.optimizer.step()
@@ -145,7 +148,10 @@ def learn(task: Task, way: str, seed: int, iterations: int) -> tuple[list[float]
     """pass@1 before each iteration and at the end, and each iteration's share of groups without a signal."""
     settings = RolloutSettings(batch_size=2048, num_threads=1)
     sampler = TransformersSampler(task.policy, settings, lambda ids: task.decode([ids])[0])
-    trainer = Trainer(copy.deepcopy(sampler.model).requires_grad_(True), stale=way == "stale")
+    stale = way.startswith("stale-")
+    trainer = Trainer(
+        copy.deepcopy(sampler.model).requires_grad_(True), way.removeprefix("stale-") if stale else "none"
+    )
     turns = Turns(prompt_keys([row["prompt"] for row in task.train]), np.zeros(len(task.train), dtype=np.int64), seed)
     everyone = np.ones(len(task.train), dtype=bool)
     policies = [copy.deepcopy(trainer.model.state_dict())]
@@ -156,7 +162,7 @@ def learn(task: Task, way: str, seed: int, iterations: int) -> tuple[list[float]
         if iteration == iterations:
             return scores, silent
         rows = turns.draw(PROMPTS, everyone)
-        sampler.model.load_state_dict(policies[-2 if way == "stale" and len(policies) > 1 else -1])
+        sampler.model.load_state_dict(policies[-2 if stale and len(policies) > 1 else -1])
         completions, rewards_PG = task.draw(
             sampler, [task.train[r] for r in rows], GROUP_SIZE, seed, "train", iteration
         )
@@ -173,7 +179,7 @@ def main() -> None:
     """Prints a line a run, then the means."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--ways", nargs="+", default=["plain", "curriculum", "stale"])
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("--iterations", type=int, default=8)
     parser.add_argument("--problems", type=int, default=1024)
     parser.add_argument("--folder", type=Path, default=Path(__file__).parents[1] / "recipes/arithmetic/build")
@@ -186,12 +192,12 @@ def main() -> None:
             scores, silent = learn(task, way, seed, arguments.iterations)
             later = statistics.mean(silent[len(silent) // 2 :])
             finals[way].append([*scores[::2], later])
-            print(f"seed {seed} {way:<11} pass@1 {' '.join(f'{s:.3f}' for s in scores[::2])}  "
+            print(f"seed {seed} {way:<23} pass@1 {' '.join(f'{s:.3f}' for s in scores[::2])}  "
                   f"without signal, later half {later:.2f}", flush=True)  # fmt: skip
     for way, runs in finals.items():
         means = [statistics.mean(column) for column in zip(*runs, strict=True)]
         ends = [run[-2] for run in runs]
-        print(f"mean   {way:<11} pass@1 {' '.join(f'{s:.3f}' for s in means[:-1])}  "
+        print(f"mean   {way:<23} pass@1 {' '.join(f'{s:.3f}' for s in means[:-1])}  "
               f"without signal, later half {means[-1]:.2f}  last: {min(ends):.3f} to {max(ends):.3f}")  # fmt: skip
 
 

@@ -25,6 +25,8 @@ from components.common.store import FileStore, Stat, Store
 GRACE = timedelta(hours=24)
 LASTING = {"prompts", "evaluation", "decision"}
 """Kinds that are small and tell the history; always live."""
+COUNTED = {"policy", "optimizer"}
+"""Kinds that make an iteration count among the last ones."""
 SWEPT = ("blobs/", "partial/", "parts/")
 """What is swept: blobs, and what interrupted rollouts and updates left and none came back for."""
 REFERENCE = "reference"
@@ -118,21 +120,27 @@ def kept(store: Store, records: Sequence[Recorded], *, keep_last: int, keep_cham
 def _newest(records: Sequence[Recorded], keep_last: int) -> set[tuple[str, str, int | None]]:
     """The last iterations of each fine-tune: those of the run that worked last, by number, then of the run before.
 
-    Not by the time of what belongs to an iteration: an evaluation may end after the next policy is there.
+    Not by the time of what belongs to an iteration: an evaluation may end after the next policy is there. Iterations
+    are counted by their policies: with staleness 1 the last policy's rollout bears the number after it.
     """
     worked: dict[tuple[str, str], Any] = {}
     places: dict[str, set[tuple[str, int]]] = {}
+    trained: set[tuple[str, str, int | None]] = set()
     for record in records:
         manifest = record.manifest
         if manifest.iteration is not None and manifest.kind not in LASTING:
             run = manifest.fine_tune, manifest.run
             worked[run] = max(record.moment, worked.get(run, record.moment))
             places.setdefault(manifest.fine_tune, set()).add((manifest.run, manifest.iteration))
-    return {
-        (fine_tune, *place)
-        for fine_tune, found in places.items()
-        for place in sorted(found, key=lambda place, tune=fine_tune: (worked[tune, place[0]], place[1]))[-keep_last:]
-    }
+            if manifest.kind in COUNTED:
+                trained.add((*run, manifest.iteration))
+    newest = set()
+    for fine_tune, found in places.items():
+        order = sorted(found, key=lambda place, tune=fine_tune: (worked[tune, place[0]], place[1]))
+        counted = [number for number, place in enumerate(order) if (fine_tune, *place) in trained]
+        first = counted[-keep_last:][0] if counted else 0
+        newest |= {(fine_tune, *place) for place in order[first:]}
+    return newest
 
 
 def _references(records: Sequence[Recorded], live: set[str]) -> set[str]:

@@ -187,6 +187,19 @@ def test_an_old_run_that_is_resumed_works_last(tmp_path: Path, monkeypatch: pyte
     assert {stat.key for stat in gc.plan(store, keep_last=2).sweep} == keys(made[1])
 
 
+def test_with_staleness_1_the_last_policy_s_rollout_is_no_iteration_of_its_own(tmp_path: Path) -> None:
+    """Policy 3 is the last one; its held-out samples are iteration 4's."""
+    store = FileStore(tmp_path / "store")
+    tune = FineTune(store, tmp_path / "files")
+    made = tune.train(3)
+    last = [tune.make(kind, iteration, {}) for iteration in (3, 4) for kind in ("rollout", "scored")]
+    age(store)
+    swept = {stat.key for stat in gc.plan(store, keep_last=1).sweep}
+    assert not keys(made["policy3"], *last) & swept
+    assert keys(made["policy2"], made["scored2"]) <= swept
+    assert not keys(made["policy2"], made["scored2"]) & {stat.key for stat in gc.plan(store, keep_last=2).sweep}
+
+
 def test_a_dry_plan_changes_nothing(tmp_path: Path) -> None:
     store = FileStore(tmp_path / "store")
     FineTune(store, tmp_path / "files").train(4)

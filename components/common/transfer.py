@@ -124,8 +124,7 @@ class Upload:
                     return answer
 
                 stored = self.store.request(f"writing part {number} of {key}", put)
-            sums = {"ChecksumCRC32C": stored["ChecksumCRC32C"]} if "ChecksumCRC32C" in stored else {}
-            return {"PartNumber": number, "ETag": stored["ETag"], **sums}
+            return _part(number, stored)
 
         return settle([self.store.pool.submit(send, number) for number in numbers])
 
@@ -138,23 +137,42 @@ class Upload:
             raise StoreError(f"{self.store.url}: {key}: sent {size} bytes, the server shows {got}; run it again")
 
     def renew(self, key: str, head: dict[str, Any]) -> None:
-        """Copies an object, as `head` describes it, onto itself; its bytes do not leave the server."""
+        """Copies an object, as `head` describes it, onto itself; its bytes do not leave the server.
+
+        The name must say the content, as a blob's does: another may write or copy it meanwhile.
+        """
+        from botocore.exceptions import ClientError
+
         name, size, client = self.store.name(key), head["ContentLength"], self.store.client
-        source = {"CopySource": dict(name), "CopySourceIfMatch": head["ETag"]}
-        metadata = {"Metadata": head.get("Metadata", {})}
+        source, metadata = {"CopySource": dict(name)}, {"Metadata": head.get("Metadata", {})}
         if size <= COPY_BYTES:
             whole = name | source | metadata | {"MetadataDirective": "REPLACE"}
             self.store.request(f"copying {key}", lambda _: client.copy_object(**whole))
             return
         name["UploadId"] = self._begin(name, key, metadata)
+        try:
+            self._copy(name | source, name, key, size)
+        except BaseException as error:
+            self.store.abort(name)  # else a writer of the same blob takes it for an upload of its own
+            ended = isinstance(error, ClientError) and code_of(error) in ("NoSuchUpload", "InvalidPart")
+            found = self.store.stat(key) if ended else None
+            if found is None or found.modified <= head["LastModified"]:  # else our lost request, or another, ended it
+                raise
 
+    def _copy(self, source: dict[str, Any], name: dict[str, Any], key: str, size: int) -> None:
         def copy(number: int, start: int) -> dict[str, Any]:
             span = {"PartNumber": number, "CopySourceRange": f"bytes={start}-{min(start + COPY_BYTES, size) - 1}"}
-            answer = self.store.request(f"copying {key}", lambda _: client.upload_part_copy(**name, **source, **span))
-            return {"PartNumber": number, "ETag": answer["CopyPartResult"]["ETag"]}
+            part = self.store.request(f"copying {key}", lambda _: self.store.client.upload_part_copy(**source, **span))
+            return _part(number, part["CopyPartResult"])
 
         tasks = [self.store.pool.submit(copy, *part) for part in enumerate(range(0, size, COPY_BYTES), 1)]
         self._complete(name, key, size, settle(tasks))
+
+
+def _part(number: int, stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored part as the end of its upload names it: with the checksum where the server tells it (AWS insists)."""
+    sums = {"ChecksumCRC32C": stored["ChecksumCRC32C"]} if "ChecksumCRC32C" in stored else {}
+    return {"PartNumber": number, "ETag": stored["ETag"], **sums}
 
 
 def _same(stored: dict[str, Any], data: bytes) -> bool:

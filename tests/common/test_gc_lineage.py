@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from components.common import artifacts, gc, lineage, transfer
-from components.common.errors import ArtifactError, ArtifactNotFound, SettingsError
-from components.common.integrity import blob_key
+from components.common.errors import ArtifactError, ArtifactNotFound, SettingsError, StoreError
+from components.common.integrity import blob_key, crc32c
 from components.common.manifest import Kind, Manifest, Producer, file_digest
 from components.common.s3_store import S3Store
 from components.common.settings import RunContext
@@ -331,10 +331,7 @@ def test_a_large_object_becomes_young_in_ranges(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transfer, "COPY_BYTES", 5 << 20)
-    store = open_store(store_url(kind, request, "&part_mib=5"))
-    (tmp_path / "file").write_bytes(os.urandom((11 << 20) + 7))
-    key = blob_key(file_digest(tmp_path / "file"))
-    store.put_file(tmp_path / "file", key)
+    store, key = _large_blob(kind, request, tmp_path)
     before = store.stat(key)
     time.sleep(1.1)
     store.touch(key)
@@ -344,6 +341,100 @@ def test_a_large_object_becomes_young_in_ranges(
     assert (tmp_path / "back").read_bytes() == (tmp_path / "file").read_bytes()
     with pytest.raises(ArtifactNotFound):
         store.touch("nothing")
+
+
+@pytest.mark.parametrize("kind", ["moto", "rgw"])
+@pytest.mark.parametrize(("copy_bytes", "request_"), [(5 << 30, "CopyObject"), (5 << 20, "UploadPartCopy")])
+def test_two_may_make_a_blob_young_at_once(
+    kind: str, copy_bytes: int, request_: str, request: pytest.FixtureRequest, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What another writes, or our own copy whose answer was lost, comes before ours: the ETag is another."""
+    monkeypatch.setattr(transfer, "COPY_BYTES", copy_bytes)
+    store, key = _large_blob(kind, request, tmp_path)
+    other, first, etags = open_store(store.url.replace("part_mib=5", "part_mib=6")), threading.Lock(), []
+
+    def write_first(**_: object) -> None:
+        if first.acquire(blocking=False):
+            etags.append(store.client.head_object(**store.name(key))["ETag"])
+            other.put_file(tmp_path / "file", key)
+            etags.append(store.client.head_object(**store.name(key))["ETag"])
+
+    store.client.meta.events.register(f"provide-client-params.s3.{request_}", write_first)
+    store.touch(key)
+    assert len(set(etags)) == 2
+    store.get_file(key, tmp_path / "back")
+
+
+@pytest.mark.parametrize("kind", ["moto", "rgw"])
+def test_the_end_of_a_copy_in_ranges_names_the_checksums_the_server_tells(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AWS tells a checksum for each copied part and refuses an end that does not name it; neither server does so."""
+    monkeypatch.setattr(transfer, "COPY_BYTES", 5 << 20)
+    store, key = _large_blob(kind, request, tmp_path)
+    data = (tmp_path / "file").read_bytes()
+    told = [crc32c(data[at : at + (5 << 20)]) for at in range(0, len(data), 5 << 20)]
+    ended = []
+
+    def tell(parsed: dict[str, Any], context: dict[str, Any], **_: object) -> None:
+        parsed["CopyPartResult"]["ChecksumCRC32C"] = told[context["number"] - 1]
+
+    def note(params: dict[str, Any], context: dict[str, Any], **_: object) -> None:
+        context["number"] = params["PartNumber"]
+
+    def end(params: dict[str, Any], **_: object) -> None:
+        ended.extend(part.pop("ChecksumCRC32C", None) for part in params["MultipartUpload"]["Parts"])
+
+    store.client.meta.events.register("provide-client-params.s3.UploadPartCopy", note)
+    store.client.meta.events.register("after-call.s3.UploadPartCopy", tell)
+    store.client.meta.events.register("provide-client-params.s3.CompleteMultipartUpload", end)
+    store.touch(key)
+    assert ended == told
+
+
+@pytest.mark.parametrize("kind", ["moto", "rgw"])
+def test_a_copy_in_ranges_that_fails_leaves_no_upload_behind(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "COPY_BYTES", 5 << 20)
+    store, key = _large_blob(kind, request, tmp_path)
+
+    def out_of_range(params: dict[str, Any], **_: object) -> None:
+        params["CopySourceRange"] = f"bytes={1 << 30}-{(1 << 30) + 1}"
+
+    store.client.meta.events.register("provide-client-params.s3.UploadPartCopy", out_of_range)
+    with pytest.raises(StoreError):
+        store.touch(key)
+    assert list(store.unfinished(key)) == []
+
+
+def test_a_copy_in_ranges_whose_end_was_carried_out_and_not_answered_is_done(
+    rgw_endpoint: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "COPY_BYTES", 5 << 20)
+    store, key = _large_blob("rgw", request, tmp_path)
+    before, other = store.stat(key), open_store(store.url)
+    time.sleep(1.1)
+
+    def end_first(params: dict[str, Any], **_: object) -> None:
+        other.client.complete_multipart_upload(**params)
+        params["UploadId"] += "x"  # this server answers the second end as the first; others know the upload no more
+
+    store.client.meta.events.register("provide-client-params.s3.CompleteMultipartUpload", end_first)
+    store.touch(key)
+    after = store.stat(key)
+    assert before and after and after.modified > before.modified
+
+
+def _large_blob(kind: str, request: pytest.FixtureRequest, folder: Path) -> tuple[S3Store, str]:
+    """A store with a blob of three parts, and its key."""
+    store = open_store(store_url(kind, request, "&part_mib=5"))
+    assert isinstance(store, S3Store)
+    (folder / "file").write_bytes(os.urandom((11 << 20) + 7))
+    key = blob_key(file_digest(folder / "file"))
+    store.put_file(folder / "file", key)
+    return store, key
 
 
 def test_a_blob_written_again_between_two_attempts_to_delete_it_is_spared(moto_endpoint: str, tmp_path: Path) -> None:

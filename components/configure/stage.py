@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from components.common.errors import SettingsError
+from components.common.errors import AlreadyPublished, SettingsError
 from components.common.manifest import SCORED_BEFORE, Manifest
 from components.common.settings import dump_stage, validate
 from components.common.stage import Stage, run_stage
@@ -131,11 +131,20 @@ def _told(settings: RunSettings) -> dict[str, Any]:
 
 
 def _note_settings(stage: Stage[RunSettings]) -> None:
-    """The start stays when other settings are mended, and so may what is noted of them; its content is the same."""
+    """The start stays when other settings are mended, and so may what is noted of them; its content is the same.
+
+    Raises:
+        AlreadyPublished: another run has this name, and reports those it was started with.
+    """
     history, policy = (Manifest.load(Path(stage.outputs[role])) for role in ("history", "policy"))
     told = _told(stage.settings)
     if history.metadata["settings"] != told["settings"]:
         _check_context(stage.settings, policy.metadata)
+        if stage.producer.key not in stage.events.own_keys():
+            raise AlreadyPublished(
+                f"run {stage.context.run} of fine-tune {stage.context.fine_tune} was started with other settings: "
+                "give this run another name, or the settings of that one"
+            )
         changed = history.model_copy(update={"metadata": history.metadata | told})
         stage.store.put_bytes(changed.dump(), stage.key("history"))
         Path(stage.outputs["history"]).write_bytes(changed.dump())

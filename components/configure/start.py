@@ -170,6 +170,7 @@ def start_at(store: Store, policy: Manifest, *, with_optimizer: bool = True) -> 
     here = f"{folder}/{policy.iteration or 0:04d}"
     optimizer = _manifest(store, f"{here}/optimizer.json") if with_optimizer else None
     history = _manifest(store, f"{here}/evaluation.json") or _newest(store, folder, "evaluation")
+    history = history or _newest(store, folder, "history")  # what the run itself began with
     return Start(policy, optimizer, history, _newest(store, folder, "reference"))
 
 

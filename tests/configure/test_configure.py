@@ -9,7 +9,8 @@ import pytest
 
 from components.common import champion
 from components.common.champion import Champion
-from components.common.errors import ArtifactNotFound, DataError, SettingsError
+from components.common.errors import AlreadyPublished, ArtifactNotFound, DataError, SettingsError
+from components.common.events import RUN_DIR_VARIABLE
 from components.common.manifest import Manifest, content_digest, manifest_key
 from components.common.settings import load_stage
 from components.common.stage import Stage
@@ -45,6 +46,13 @@ def configure(tmp_path, tiny_model):
         return paths, texts
 
     return call
+
+
+@pytest.fixture
+def run_dir(monkeypatch, tmp_path):
+    """Directory of a local run."""
+    monkeypatch.setenv(RUN_DIR_VARIABLE, str(tmp_path / "run"))
+    (tmp_path / "run" / "logs").mkdir(parents=True)
 
 
 def test_a_fresh_start_publishes_the_base_model(configure, tiny_model):
@@ -253,6 +261,29 @@ def test_a_resumed_run_keeps_its_start_whoever_became_champion_since(configure, 
     assert {role: path.read_bytes() for role, path in (paths | texts).items()} == first
 
 
+def test_the_history_outlives_a_run_that_ended_before_its_first_evaluation(configure, tmp_path):
+    """run-1 judged its start; run-2 took that over and failed in its first rollout; run-3 goes on from run-2."""
+    paths, _ = configure(name="run-1")
+    told = {"baseline": {"eval/reward": 0.25}}
+    begun = Manifest.load(paths["history"])
+    evaluation = begun.model_copy(update={"metadata": begun.metadata | told})
+    open_store((tmp_path / "store").as_uri()).put_bytes(evaluation.dump(), manifest_key("f", "run-1", 0, "evaluation"))
+    for name, start_run in (("run-2", "run-1"), ("run-3", "run-2")):
+        paths, _ = configure(name=name, start_from="latest", start_run=start_run)
+        assert Manifest.load(paths["history"]).metadata["baseline"] == told["baseline"]
+
+
+def test_a_name_that_another_run_has_is_refused_with_other_settings(configure):
+    """The form's `run` given twice: the first may still go on, and its history says what it reports as params."""
+    paths, _ = configure()
+    first = paths["history"].read_bytes()
+    with pytest.raises(AlreadyPublished, match="run run-1 of fine-tune f was started with other settings: give"):
+        configure({"update.learning_rate": 3e-5})
+    paths, _ = configure()
+    assert paths["history"].read_bytes() == first
+
+
+@pytest.mark.usefixtures("run_dir")
 def test_mended_settings_of_other_stages_keep_the_start(configure):
     paths, _ = configure(publish={"metric": "eval/reward"})
     first = {role: Manifest.load(path) for role, path in paths.items()}

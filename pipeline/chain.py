@@ -32,13 +32,13 @@ def go_on(settings: str, cluster: str, remaining: int, run: str, job_id: str) ->
     from pipeline.connection import call
     from pipeline.resources import ClusterSettings, with_form
     from pipeline.settings import PipelineSettings
-    from pipeline.submitting import given_to, start, upload
+    from pipeline.submitting import GO_ON, given_to, start, upload
 
     client = connect()
     given = given_to(call("read this run", client.get_run, job_id))
     pods = with_form(validate(ClusterSettings, json.loads(cluster), where="cluster"), given)
-    start_here = {"start_from": "latest", "start_run": run.lower()}  # as configure writes it
-    values = json.loads(settings) | start_here | {"cluster": pods.model_dump(), "iterations": remaining}
+    start_here = {"start_run": run.lower()}  # as configure writes it
+    values = json.loads(settings) | GO_ON | start_here | {"cluster": pods.model_dump(), "iterations": remaining}
     following = validate(PipelineSettings, values, where="next run")
     submitted = start(client, following, upload(client, following), f"{following.fine_tune}-after-{run.lower()}")
     print(f"{remaining} iterations remain: submitted {submitted.name} {submitted.url}")

@@ -36,7 +36,10 @@ def submit(
     if (file is None) == (resume is None):
         raise SettingsError("give a settings file, or --resume with the name of a fine-tune")
     client = connection.open()
-    settings = resumed(client, resume, connection.store_endpoint) if file is None else load(file, overrides or [])
+    if file is None:
+        settings = resumed(client, resume, connection.store_endpoint, overrides or [])
+    else:
+        settings = load(file, overrides or [])
     first, remaining = split(settings)
     sent = send(client, settings)
     print(f"{sent.name}: {first.iterations} iterations" + (f", {remaining} in runs after it" if remaining else ""))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from components.common.settings import Settings
+from components.common.settings import Settings, validate
 from components.configure.pods import QUANTITY, Pod, Toleration, by_stage
 from components.configure.pods import STAGES as FORM_STAGES
 
@@ -183,7 +183,7 @@ def with_form(cluster: ClusterSettings, given: Mapping[str, Any]) -> ClusterSett
         if {"node_selector", "tolerations"} & changed.keys():  # they hold what type and spot come to
             changed |= {name: values.get(name, before[name]) for name in ("node_selector", "tolerations")}
             changed |= {"gpu_type": None, "spot": False}
-        found = StageResources.model_validate(pod.model_dump() | changed)
+        found = validate(StageResources, pod.model_dump() | changed, where=f"cluster.{stage}")
         cluster = cluster.model_copy(update={stage: found})
     return cluster
 
@@ -278,9 +278,9 @@ def _identify(task: Any, cluster: ClusterSettings, pod: StageResources) -> None:
 
 
 def quantity(text: str) -> float:
-    """A Kubernetes quantity as a number: `64Gi` in bytes, `500m` in units."""
-    units = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-    binary = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+    """A Kubernetes quantity as a number: `64Gi` in bytes, `500m` in units, and as a server may write it, `12e6`."""
+    units = {"n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
+    binary = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50, "Ei": 2**60}
     for unit, factor in (binary | units).items():
         if text.endswith(unit):
             return float(text.removesuffix(unit)) * factor

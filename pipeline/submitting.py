@@ -3,7 +3,7 @@
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +17,10 @@ from pipeline.settings import PipelineSettings
 
 TERMINAL = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 PAGE_SIZE = 100
+GO_ON = {"start_from": "latest", "skip_unchanged_data": False}
+"""Settings of a run that goes on from another, whose policy may have become champion with this very data set."""
+KEPT = ("fine_tune", "model", "store", "start_from", "start_run")
+"""Settings that a resumed fine-tune has from its last run."""
 
 
 @dataclass(frozen=True)
@@ -226,8 +230,10 @@ def given_to(run: Any) -> dict[str, Any]:
 
 
 def _tasks(spec: dict[str, Any]) -> dict[str, Any]:
+    """Tasks of the graph and of the conditions and loops in it, by their keys."""
     ir = spec.get("pipeline_spec", spec)
-    return ir.get("root", {}).get("dag", {}).get("tasks", {})
+    graphs = [component.get("dag", {}) for component in [*ir.get("components", {}).values(), ir.get("root", {})]]
+    return {key: task for graph in graphs for key, task in graph.get("tasks", {}).items()}
 
 
 def _constant(tasks: dict[str, Any], task: str, name: str, run_id: str) -> Any:
@@ -237,24 +243,38 @@ def _constant(tasks: dict[str, Any], task: str, name: str, run_id: str) -> Any:
         raise ClusterError(f"run {run_id} was not submitted by grpo: its pipeline has no settings") from None
 
 
-def resumed(client: Any, fine_tune: str, store_endpoint: str | None = None) -> PipelineSettings:
+def resumed(
+    client: Any, fine_tune: str, store_endpoint: str | None = None, overrides: Sequence[str] = ()
+) -> PipelineSettings:
     """Settings that go on with a fine-tune from its last checkpoint, for the iterations that remain.
+
+    `overrides` are laid over them, as `section.name=value`; `iterations` counts from the checkpoint.
 
     Raises:
         ClusterError: it was never submitted.
-        SettingsError: nothing remains.
+        SettingsError: nothing remains, or an override is wrong or of what a fine-tune keeps.
     """
+    from components.common.settings import apply_overrides, validate
+
     found = runs(client, fine_tune)
     if not found:
         raise ClusterError(f"fine-tune {fine_tune} has no run to go on with; `grpo submit FILE` starts one")
     settings = settings_of(client, found[0])
     run = name_in_store(found[0])
     done = _updates(client, found[0], settings, store_endpoint)
-    remaining = settings.iterations - (done or 0)
-    if remaining < 1:
-        raise SettingsError(f"fine-tune {fine_tune} has had its {settings.iterations} iterations: submit the file anew")
-    start = {} if done is None else {"start_from": "latest", "start_run": run}
-    return settings.model_copy(update={**start, "iterations": remaining})
+    start = {} if done is None else GO_ON | {"start_run": run}
+    before = settings.model_dump(mode="json") | start | {"iterations": settings.iterations - (done or 0)}
+    values = apply_overrides(before, overrides)
+    changed = [name for name in KEPT if values[name] != before[name]]
+    if changed:
+        raise SettingsError(f"--resume keeps {', '.join(changed)}: submit a settings file for another start")
+    if values["iterations"] == before["iterations"] < 1:
+        raise SettingsError(
+            f"fine-tune {fine_tune} has had its {settings.iterations} iterations. If its last run failed after them, "
+            f"*Retry* finishes it ({link(client, found[0].run_id)}); --set iterations=N adds N more"
+        )
+    again = validate(PipelineSettings, values, where=f"resumed {fine_tune}")
+    return again.model_copy(update={"reward": again.reward.embedded(Path.cwd())})
 
 
 def _updates(client: Any, run: Any, settings: PipelineSettings, store_endpoint: str | None) -> int | None:

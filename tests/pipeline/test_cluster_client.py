@@ -28,6 +28,7 @@ from pipeline.settings import PipelineSettings
 from pipeline.submitting import resumed, runs, settings_of, submit, upload
 
 STAGES = ("configure", "dataset", "rollout", "reward", "update", "evaluate", "publish")
+OUT_OF_REACH = "s3://bucket?endpoint=http://127.0.0.1:9"
 
 
 @pytest.fixture
@@ -280,8 +281,56 @@ def test_resuming_does_what_remains(cluster, client, tmp_path):
         resumed(client, "other")
 
 
+def test_a_chain_trains_on_though_its_own_champion_has_seen_the_data(cluster, client, monkeypatch):
+    """The first run ends early when nothing is new; those after it have something to go on with."""
+    monkeypatch.setattr("pipeline.chain.connect", lambda: client)
+    asked = settings(iterations=30, skip_unchanged_data=True)
+    sent = submit(client, asked)
+    assert settings_of(client, runs(client, "f")[0]).iterations == 30  # what remains is told inside the condition
+    values = json.loads(asked.model_dump_json())
+    section = json.dumps(values.pop("cluster"))
+    following = go_on(json.dumps(values), section, 5, sent.run_id, sent.run_id)
+    (found,) = [run for run in runs(client, "f") if run.run_id == following]
+    assert (settings_of(client, found).iterations, settings_of(client, found).skip_unchanged_data) == (5, False)
+
+
+def test_a_resumed_fine_tune_takes_overrides(cluster, client):
+    sent = submit(client, settings(iterations=5, store=OUT_OF_REACH, skip_unchanged_data=True))
+    run = cluster.runs[sent.run_id]
+    run["state"] = "FAILED"
+    run["run_details"] = task_details(configure="SUCCEEDED", update="SUCCEEDED")
+    again = resumed(client, "f", overrides=["update.learning_rate=3e-5", "cluster.update.memory=96Gi"])
+    assert (again.iterations, again.update.learning_rate, again.cluster.update.memory) == (4, 3e-5, "96Gi")
+    assert (again.start_run, again.skip_unchanged_data) == (sent.run_id, False)
+    assert resumed(client, "f", overrides=["iterations=7"]).iterations == 7
+    with pytest.raises(SettingsError, match=r"update\.learning_rte is not a setting; did you mean"):
+        resumed(client, "f", overrides=["update.learning_rte=3e-5"])
+    with pytest.raises(SettingsError, match="--resume keeps model, start_from: submit a settings file"):
+        resumed(client, "f", overrides=["model=org/other", "start_from=base"])
+
+
+def test_a_fine_tune_that_had_its_iterations_says_how_to_end_it_or_to_go_on(cluster, client):
+    sent = submit(client, settings(iterations=1, store=OUT_OF_REACH))
+    cluster.runs[sent.run_id] |= {
+        "state": "FAILED", "run_details": task_details(configure="SUCCEEDED", update="SUCCEEDED", rollout_2="FAILED"),
+    }  # fmt: skip
+    with pytest.raises(SettingsError, match=rf"\*Retry\* finishes it \(.*{sent.run_id}\); --set iterations=N adds"):
+        resumed(client, "f")
+    again = resumed(client, "f", overrides=["iterations=2"])
+    assert (again.iterations, again.start_from, again.start_run) == (2, "latest", sent.run_id)
+
+
+def test_a_run_whose_form_was_wrong_is_no_traceback(cluster, client):
+    sent = submit(client, settings())
+    cluster.runs[sent.run_id] |= {
+        "state": "FAILED", "runtime_config": {"parameters": {"rollout_pod_memory": "lots"}},
+    }  # fmt: skip
+    with pytest.raises(SettingsError, match=r"cluster\.rollout: 1 problem\n +memory: .*got 'lots'"):
+        resumed(client, "f")
+
+
 def test_resuming_counts_the_updates_where_the_store_is_out_of_reach(cluster, client):
-    sent = submit(client, settings(iterations=5, store="s3://bucket?endpoint=http://127.0.0.1:9"))
+    sent = submit(client, settings(iterations=5, store=OUT_OF_REACH))
     run = cluster.runs[sent.run_id]
     run["state"] = "FAILED"
     assert (resumed(client, "f").iterations, resumed(client, "f").start_from) == (5, "base")
@@ -438,6 +487,10 @@ def test_the_commands_reach_the_cluster_they_are_told(cluster, tmp_path):
     assert run["run_id"] in grpo("status", "f", "--host", cluster.url).stdout
     again = grpo("submit", *options, GRPO_HOST=cluster.url)
     assert again.returncode == 1 and "going on" in again.stderr and "Traceback" not in again.stderr
+    run["state"] = "FAILED"
+    changed = ["--set", "update.learning_rate=9e-9", "--set", "store=s3://other"]
+    kept = grpo("submit", "--resume", "f", *changed, GRPO_HOST=cluster.url)
+    assert kept.returncode == 1 and "--resume keeps store" in kept.stderr and len(cluster.runs) == 1
     run["state"] = "SUCCEEDED"
     assert grpo("schedule", *options, "--cron", "0 3 * * *", GRPO_HOST=cluster.url).returncode == 0
     assert "0 0 3 * * *" in grpo("schedules", GRPO_HOST=cluster.url).stdout

@@ -235,6 +235,8 @@ def test_the_automatic_micro_batch_is_the_updates_own():
 
 def test_quantities():
     assert [quantity(text) for text in ("64Gi", "500m", "2", "1.5G")] == [64 * GIB, 0.5, 2, 1.5e9]
+    large = {"1Pi": 2**50, "2Ei": 2**61, "3P": 3e15, "1E": 1e18, "12e6": 12e6, "12E6": 12e6, "5e-1": 0.5}
+    assert {text: quantity(text) for text in large} == large
 
 
 def test_what_cannot_be_planned_says_so(tmp_path):

@@ -229,8 +229,9 @@ def parse_choice(choice: dict[str, Any]) -> tuple[list[int], list[float]]:
     logprobs = _logprobs(choice)
     ids = choice.get("token_ids")
     if ids is None:
-        marked = [re.fullmatch(r"token_id:(\d+)", str(token)) for token in logprobs.get("tokens") or [""]]
-        if not all(marked):
+        tokens = logprobs.get("tokens")  # none of an answer that is empty
+        marked = [re.fullmatch(r"token_id:(\d+)", str(token)) for token in tokens or ()]
+        if tokens is None or not all(marked):
             raise StageError("the server's answers have no token ids: vLLM from 0.10.2 returns them")
         ids = [int(match[1]) for match in marked]
     values = logprobs["token_logprobs"]

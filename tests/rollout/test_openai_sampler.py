@@ -319,8 +319,17 @@ def test_token_ids_are_read_from_tokens_written_as_ids(misbehaving):
     assert collected(misbehaving(choice=choice))[0].completion_ids == [5, 1]
 
 
-def test_a_server_without_token_ids_is_refused(misbehaving):
-    choice = GOOD | {"token_ids": None, "logprobs": GOOD["logprobs"] | {"tokens": ["a", "b"]}}
+def test_an_empty_answer_is_an_empty_completion(misbehaving, make_job):
+    empty = {"finish_reason": "stop", "logprobs": {"tokens": [], "token_logprobs": [], "top_logprobs": []}}
+    server = misbehaving(choice=empty, served="m")
+    assert {(c.finish_reason, len(c.completion_ids)) for c in collected(server, allow_unproven=True)} == {("stop", 0)}
+    metrics = make_job().run(**asked_of(server)).metrics
+    assert (metrics["rollout/num_failed"], metrics["rollout/eval_num_failed"]) == (0, 0)
+
+
+@pytest.mark.parametrize("tokens", [["a", "b"], None])
+def test_a_server_without_token_ids_is_refused(misbehaving, tokens):
+    choice = GOOD | {"token_ids": None, "logprobs": GOOD["logprobs"] | {"tokens": tokens}}
     with pytest.raises(StageError, match="have no token ids"):
         collected(misbehaving(choice=choice))
 

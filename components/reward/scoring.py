@@ -115,18 +115,20 @@ def _inputs(rows: "pa.Table", parameters: dict[str, str], function: RewardFuncti
     import pyarrow as pa
 
     inputs = {name: rows.column(column) for name, column in parameters.items()}
-    if function.messages and parameters.get("prompts") == FROM_RECORDS["prompts"]:
-        inputs["prompts"] = _messages(rows)
+    if function.messages and "prompts" in parameters:
+        inputs["prompts"] = _messages(rows, parameters["prompts"])
     return pa.table(inputs)
 
 
-def _messages(rows: "pa.Table") -> "pa.ChunkedArray | pa.Array":
-    """The prompts as chat messages in JSON: those they were rendered from, or the plain text as a user's."""
+def _messages(rows: "pa.Table", column: str) -> "pa.ChunkedArray | pa.Array":
+    """Prompts as chat messages in JSON: those they were rendered from, or the column's plain text as a user's."""
     import pyarrow as pa
 
-    if MESSAGES in rows.column_names:
+    if column == FROM_RECORDS["prompts"] and MESSAGES in rows.column_names:
+        column = MESSAGES
+    if column == MESSAGES:
         return rows.column(MESSAGES)
-    texts = rows.column(FROM_RECORDS["prompts"]).to_pylist()
+    texts = rows.column(column).to_pylist()
     return pa.array([json.dumps([{"role": "user", "content": text}]) for text in texts], pa.string())
 
 

@@ -342,6 +342,16 @@ def test_messages_are_those_the_prompt_was_rendered_from(kept, messages, case, r
     assert [(row["reward"], row["error"]) for row in rows] == [(4, None), (5, None)]
 
 
+def test_a_column_taken_for_the_prompts_comes_as_a_users_message(case, rows_of):
+    name = case.write(
+        "def f(prompts, completions):\n"
+        "    return [float(prompt == [{'role': 'user', 'content': '4'}]) for prompt in prompts]\n"
+    )
+    function = {"name": f"{name}:f", "messages": True, "columns": {"prompts": "answer"}}
+    rows = case.score(rows_of("p", ["a", "b"], prompt_messages=json.dumps(CONVERSATION)), functions=[function])
+    assert [(row["reward"], row["error"]) for row in rows] == [(1, None)] * 2
+
+
 def test_columns_and_arguments_reach_the_function(case, rows_of):
     name = case.write(
         "def f(prompts, completions, completion_ids, truth, finish_reason, *, bonus, **columns):\n"

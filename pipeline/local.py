@@ -208,7 +208,7 @@ def _end(run: RunDir) -> None:
 def _tidy(run: RunDir) -> None:
     """Removes the work directories of stages that were killed."""
     for task, event in _open_tasks(read_events(run.path)).items():
-        folder = Path(event["work_dir"])
+        folder = Path(event.get("work_dir", ""))  # older code did not tell it
         if folder.name.startswith(f"grpo-{task}-"):
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -85,9 +85,10 @@ class RunDir:
         if not any(event["event"] == "done" for event in read_events(self.path)):
             return
         before, now = self.settings(), settings.model_dump(mode="json")
-        changed = [name for name in WHOLE_RUN if before[name] != now[name]]
+        # A run begun by older code may lack a setting.
+        changed = [name for name in WHOLE_RUN if before.get(name) != now[name]]
         if changed:
-            told = ", ".join(f"{name} was {before[name]!r} and is {now[name]!r}" for name in changed)
+            told = ", ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in changed)
             raise SettingsError(f"{self.fine_tune}/{self.name}: {told}: that is another run, start it without --resume")
 
     def running(self, process: int) -> None:

@@ -51,7 +51,8 @@ class Pod(Settings):
 
 
 WHOLE = {"node_selector": "Labels the pod's node must have.", "tolerations": "Taints the pod accepts."}
-"""In the form these are whole, with what preset, `gpu_type` and `spot` come to."""
+"""In the form these are whole, with what preset, `gpu_type` and `spot` come to; the run after it, in a chain or
+resumed, accepts the taint of the preset's GPU nodes all the same."""
 
 
 @dataclass(frozen=True)

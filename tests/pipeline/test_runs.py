@@ -15,7 +15,7 @@ from components.common.settings import validate
 from components.common.store import open_store
 from pipeline import runs
 from pipeline.live import Watcher
-from pipeline.local import _outside_a_stage
+from pipeline.local import _outside_a_stage, _tidy
 from pipeline.progress import Progress, iteration_records, iteration_table
 from pipeline.reports import Report
 from pipeline.runs import RunDir, locked, new_run
@@ -101,6 +101,21 @@ def test_a_resumed_run_keeps_what_it_is_and_its_stages_may_be_mended(here):
     with pytest.raises(SettingsError, match=r"iterations was 3 and is 4.*without --resume"):
         run.begin(settings(iterations=4))
     assert run.settings()["iterations"] == 3 and run.settings()["publish"]["metric"] == "eval/reward"
+
+
+def test_a_run_begun_by_code_that_knew_fewer_settings_is_resumed(here):
+    run = RunDir(here / "runs" / "f" / "run-0001")
+    run.begin(settings())
+    told = {"event": "start", "task": "rollout-0000", "key": "k"}  # and no work directory
+    (run.path / "events.jsonl").write_text(json.dumps(done("configure", 0)) + "\n" + json.dumps(told) + "\n")
+    known = run.settings()
+    del known["start_run"]
+    run.settings_path.write_text(json.dumps(known))
+    run.begin(settings())
+    _tidy(run)
+    run.settings_path.write_text(json.dumps(known))
+    with pytest.raises(SettingsError, match="start_run was None and is 'run-0007'"):
+        run.begin(settings(start_from="latest", start_run="run-0007"))
 
 
 # --- what is shown ---------------------------------------------------------------------------------------------------

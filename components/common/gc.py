@@ -29,6 +29,8 @@ COUNTED = {"policy", "optimizer"}
 """Kinds that make an iteration count among the last ones."""
 SWEPT = ("blobs/", "partial/", "parts/")
 """What is swept: blobs, and what interrupted rollouts and updates left and none came back for."""
+TASK = "/task.json"
+"""What an update of several nodes reads when it starts; a queue may hold it back for longer than any grace period."""
 REFERENCE = "reference"
 """Role and name of the policy a fine-tune started from."""
 DELETERS = 16
@@ -64,7 +66,7 @@ def plan(store: Store, *, keep_last: int, keep_champions: bool = True, grace: ti
         SettingsError: `keep_last` below 1.
         ArtifactError: a manifest or pointer cannot be read, so that nobody knows what it needs.
     """
-    blobs = [stat for prefix in SWEPT for stat in store.list(prefix)]
+    blobs = [stat for prefix in SWEPT for stat in store.list(prefix) if not stat.key.endswith(TASK)]
     records = history(store)
     live = kept(store, records, keep_last=keep_last, keep_champions=keep_champions)
     needed = {key for record in records if record.key in live for key in record.manifest.blobs}

@@ -200,6 +200,15 @@ def test_with_staleness_1_the_last_policy_s_rollout_is_no_iteration_of_its_own(t
     assert not keys(made["policy2"], made["scored2"]) & {stat.key for stat in gc.plan(store, keep_last=2).sweep}
 
 
+def test_the_task_of_an_update_that_waits_in_a_queue_stays(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    for key in ("parts/abc/task.json", "parts/abc/0123-00001.json"):
+        store.put_bytes(b"{}", key)
+    grace = timedelta(seconds=-10)  # everything is old
+    gc.sweep(store, gc.plan(store, keep_last=1, grace=grace), grace=grace)
+    assert [stat.key for stat in store.list("")] == ["parts/abc/task.json"]
+
+
 def test_a_dry_plan_changes_nothing(tmp_path: Path) -> None:
     store = FileStore(tmp_path / "store")
     FineTune(store, tmp_path / "files").train(4)

@@ -108,13 +108,17 @@ def _tell(collection: Collection, sampler: Sampler, total: int, seconds: float, 
 
 
 def check_failures(collection: Collection, settings: RolloutSettings) -> None:
-    """Before anything is published. Raises HealthError when too many samples could not be drawn."""
+    """Before anything is published. Raises HealthError when too many samples could not be drawn.
+
+    The groups that could be are saved first: a restart draws the others.
+    """
     samples = [sample for group in collection.groups for sample in collection.finished[group.key]]
     failed = [sample for sample in samples if sample.failed]
     if not failed:
         return
     message = f"{len(failed)} of {len(samples)} samples could not be drawn; the first: {failed[0].error}"
     if len(failed) > settings.max_failed_share * len(samples):
+        collection.save()
         raise HealthError(f"{message}; rollout.max_failed_share = {settings.max_failed_share} allows fewer")
     log.warning("%s; they are recorded as failed", message)
 

@@ -277,15 +277,17 @@ def test_samples_of_a_server_that_was_down_are_drawn_once_it_is_up(misbehaving, 
     assert result.metrics["rollout/num_failed"] == result.metrics["rollout/eval_num_failed"] == 0
 
 
-def test_a_restart_draws_failed_groups_again_and_keeps_the_others(misbehaving, make_job):
+@pytest.mark.parametrize("seconds", [0, 3600])
+def test_a_restart_draws_failed_groups_again_and_keeps_the_others(misbehaving, make_job, seconds):
     server, job = misbehaving(choice=GOOD, refused_token=20, served="m"), make_job()
+    changes = asked_of(server) | {"save_every_seconds": seconds, "max_failed_share": 0}
     with pytest.raises(HealthError, match="of 50 samples could not be drawn"):
-        job.run(**asked_of(server), max_failed_share=0)
+        job.run(**changes)
     refused = [body["seed"] for body in server.bodies if 20 in body["prompt"]]
     assert 0 < len(refused) < 50
     server.RequestHandlerClass.refused_token = None
     server.bodies.clear()
-    assert job.run(**asked_of(server), max_failed_share=0).metrics["rollout/num_failed"] == 0
+    assert job.run(**changes).metrics["rollout/num_failed"] == 0
     assert sorted(body["seed"] for body in server.bodies) == sorted(refused)
 
 

@@ -86,7 +86,8 @@ class RolloutSettings(Settings):
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end a completion, besides the policy's end tokens."""
     eval_every: int = Field(default=1, ge=1)
-    """Evaluate every so many policies on the held-out prompts; a run's first and last are always evaluated."""
+    """Evaluate every so many policies on the held-out prompts; a run's first and last are always evaluated, with
+    staleness 1 the last but one too."""
     eval_group_size: int = Field(default=4, ge=1)
     """Completions a held-out prompt."""
     eval_temperature: float = Field(default=1.0, ge=0)

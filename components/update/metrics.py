@@ -85,7 +85,9 @@ class Meter:
 
 
 def training_flops(model: "ScoringModel", lengths: Sequence[int], num_scored: int) -> float | None:
-    """Floating-point operations of one forward and backward pass over sequences; none for a mixture of experts.
+    """Floating-point operations of one forward and backward pass over sequences.
+
+    None for a mixture of experts, and for a model whose configuration holds its text model's in another.
 
     Of each matrix element and token that meets it 2 forward, 2 for the gradient of its input, 2 for its own, which a
     frozen one has not; the head meets the `num_scored` tokens, an embedding is looked up. Causal attention takes
@@ -93,6 +95,8 @@ def training_flops(model: "ScoringModel", lengths: Sequence[int], num_scored: in
     """
     config = model.policy.config
     if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        return None
+    if not all(hasattr(config, name) for name in ("num_attention_heads", "num_hidden_layers", "hidden_size")):
         return None
     head = model.policy.get_output_embeddings().weight
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding | TiedEmbedding)}

@@ -34,6 +34,15 @@ def test_two_passes_of_what_is_frozen(tmp_path):
     assert flops(tmp_path / "m", rank=4) == (4 * BODY + 6 * 2 * 1_856) * 12 + 4 * HEAD * 6 + ATTENTION == 1_069_824
 
 
+def test_a_configuration_within_another_is_counted_by_nobody(tmp_path):
+    from transformers import LlavaConfig
+
+    save_tiny_model(tmp_path / "m", tied=True)
+    model = ScoringModel(load_policy(tmp_path / "m", dtype=torch.float32, padded=False))
+    model.policy.config = LlavaConfig(text_config=model.policy.config.to_dict())
+    assert training_flops(model, LENGTHS, SCORED) is None
+
+
 @pytest.mark.parametrize(
     ("name", "peak"),
     [

@@ -156,9 +156,7 @@ class Stage(Generic[S]):
     def withdraw(self, role: str) -> None:
         """Takes back an output that an attempt published before it was killed, for one that belongs with the others."""
         if self._published.pop(role, None):
-            self.store.delete(manifest_key(
-                self.context.fine_tune, self.context.run, self._iteration(), self._name(role)
-            ))  # fmt: skip
+            self.store.delete(self.key(role))
 
     def adopt(self) -> bool:
         """Takes over what another node of this very task has published; False: it is not all there yet."""

@@ -135,7 +135,7 @@ class Pieces:
 
         try:
             index = json.loads((folder / INDEX).read_text())
-            self.steps = {"optimizer": int(index["step"]), "critic": int(index.get("critic_step", 0))}
+            self.steps = {"optimizer": int(index["step"]), "critic": int(index.get("critic_step", index["step"]))}
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"optimizer state has no usable {INDEX} ({error}); set carry_optimizer = false") from None
         self.files = [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]

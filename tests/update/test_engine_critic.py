@@ -80,6 +80,14 @@ def test_a_fine_tune_may_change_to_ppo_and_back(case, engine_model):
     assert not any(name.startswith("critic") for name in back.optimizer.names)
 
 
+def test_a_state_that_counts_no_critic_steps_of_its_own_has_as_many_as_the_policys(tmp_path):
+    from components.update.checkpoint import INDEX, Pieces
+
+    (tmp_path / INDEX).write_text(json.dumps({"format": 1, "step": 7, "num_ranks": 1}))
+    with Pieces(tmp_path) as pieces:
+        assert pieces.steps == {"optimizer": 7, "critic": 7}
+
+
 def test_grpo_loads_nothing_of_the_critic():
     import subprocess
     import sys

@@ -147,12 +147,22 @@ def _local_rendezvous() -> tuple[list[str], Any]:
     from torch.distributed import DistError, TCPStore
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    patience = timedelta(seconds=RENDEZVOUS_SECONDS)
-    try:
-        store = TCPStore("127.0.0.1", 0, None, True, patience, wait_for_workers=False, multi_tenant=True)
-    except DistError as error:
-        problem = str(error).split(". The", 1)[0].splitlines()[0]
-        raise StageError(f"update: {problem}; bring the loopback interface up") from None
+
+    def serve(port: int) -> Any:
+        patience = timedelta(seconds=RENDEZVOUS_SECONDS)
+        return TCPStore("127.0.0.1", port, None, True, patience, wait_for_workers=False, multi_tenant=True)
+
+    while True:
+        try:
+            store = serve(0)
+        except DistError as error:
+            problem = str(error).split(". The", 1)[0].splitlines()[0]
+            raise StageError(f"update: {problem}; bring the loopback interface up") from None
+        try:
+            serve(store.port)  # as torchrun is about to: a port's second store in a process is its first
+            break
+        except DistError:  # but not where an earlier store of this process had that port (torch 2.13): anew, once
+            del store
     address = ["--master-addr", "127.0.0.1", "--master-port", str(store.port), "--local-addr", "127.0.0.1"]
     return ["--rdzv-backend", "static", "--node-rank", "0", *address], store
 

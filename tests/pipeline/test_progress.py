@@ -9,7 +9,8 @@ from pipeline.progress import iteration_table
 @pytest.mark.parametrize(("errors", "shown"), [((0.0, 0.0), []), ((0.0, 36.0), ["0", "36"])])
 def test_errors_of_reward_functions_are_a_column_when_there_are_any(errors, shown):
     records = [
-        {"iteration": i, "seconds": 1.0, "reward": 0.5, "reward/errors": count} for i, count in enumerate(errors)
+        {"iteration": i, "seconds": {"reward": 1.0}, "reward": 0.5, "reward/errors": count}
+        for i, count in enumerate(errors)
     ]
     columns = {str(column.header): list(column.cells) for column in iteration_table(records).columns}
     assert columns.get("errors", []) == shown

@@ -94,8 +94,9 @@ def test_tasks_are_shown_as_of_a_local_run_with_the_metrics_of_the_store(cluster
     lines = {line.split("  ")[1]: line for line in text.splitlines() if line[:1].isdigit()}
     assert list(lines) == ["configure", "rollout 0", "reward 0", "update 0", "evaluate 0"]
     assert "2.0 s  loss 0.5  grad_norm 2" in lines["update 0"] and "num_completions 64" in lines["rollout 0"]
-    heading, row = text.splitlines()[-2:]
-    assert "pass@1" in heading and row.split()[:3] == ["0", "0.250", "37.5%"]
+    heading, sampled, updated = text.splitlines()[-3:]
+    assert "pass@1" in heading and sampled.split()[:3] == ["0", "37.5%", "0.250"]
+    assert updated.split()[:2] == ["1", "+0.5000"]
 
 
 def test_a_pod_that_is_not_scheduled_says_why_once(cluster, waited):

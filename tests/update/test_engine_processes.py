@@ -5,6 +5,8 @@ import os
 import resource
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -196,3 +198,24 @@ def test_a_rank_that_fails_shows_its_last_lines(case, engine_model, monkeypatch)
     with pytest.raises(StageError, match=r"(?s)rank 0 failed; nothing was published.*in _save.*NotADirectoryError"):
         case.update(inputs, scored)
     assert outputs(case) == []
+
+
+SERVE_TWELVE_TIMES = """
+from torch.distributed import TCPStore
+from components.update.launch import _local_rendezvous
+
+for _ in range(12):
+    _, held = _local_rendezvous()
+    torchruns = TCPStore("127.0.0.1", held.port, 1, True, multi_tenant=True)
+    del torchruns, held
+"""
+
+
+def test_a_port_that_this_process_served_before_serves_again():
+    """Twelve launches in a network that has eight ports."""
+    ports = "/proc/sys/net/ipv4/ip_local_port_range"
+    script = f'ip link set lo up && echo 40000 40007 >{ports} && exec {sys.executable} -c "$0"'
+    if subprocess.run(["unshare", "-rn", "sh", "-c", f"echo 40000 40007 >{ports}"], capture_output=True).returncode:
+        pytest.skip("network namespaces are not permitted here")
+    done = subprocess.run(["unshare", "-rn", "sh", "-c", script, SERVE_TWELVE_TIMES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

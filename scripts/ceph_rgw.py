@@ -169,7 +169,7 @@ def _unpack(packages: Sequence[Path]) -> None:
 class Cluster:
     """One monitor, one OSD on a sparse file, one gateway; all of it in `data`, all of it gone after `stop`."""
 
-    def __init__(self, data: Path, osd_bytes: int = 12 << 30) -> None:
+    def __init__(self, data: Path, osd_bytes: int = 32 << 30) -> None:
         self.root = install()
         self.data = data
         (self.lib,) = [path.parent for path in self.root.glob("usr/lib/*/rados-classes")]
@@ -307,7 +307,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def running(osd_bytes: int = 12 << 30) -> Iterator[Cluster]:
+def running(osd_bytes: int = 32 << 30) -> Iterator[Cluster]:
     """A cluster in a temporary folder."""
     data = Path(tempfile.mkdtemp(prefix="ceph-"))
     cluster = Cluster(data, osd_bytes)

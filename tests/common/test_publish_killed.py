@@ -114,10 +114,12 @@ def test_killed_at_every_step(kind: str, request: pytest.FixtureRequest, tmp_pat
 
 
 def poll(url: str, folder: Path, told: Any) -> None:
-    """A reader that looks at the store without pause, and fetches all it finds, until it is told to stop."""
-    store, found = open_store(url), set()
+    """A reader that looks at the store without pause, and fetches all it finds, until it is told to stop; then once
+    more, for what came after its last look."""
+    store, found, last = open_store(url), set(), False
     try:
-        while not told.poll():
+        while not last:
+            last = told.poll()
             for one in history(store):
                 artifacts.fetch(store, one.manifest, folder)
                 found.add(one.name)
@@ -135,18 +137,19 @@ def test_a_reader_never_sees_a_manifest_before_its_blobs(tmp_path: Path) -> None
     ours, theirs = context.Pipe()
     reader = context.Process(target=poll, args=(url, tmp_path / "read", theirs))
     reader.start()
-    killed = seconds = 0.0
+    killed, seconds = 0, 0.0
     for turn in range(20):
         (folder / "config.json").write_text(f"{turn}")
         run = CONTEXT.model_copy(update={"run": f"run-{turn:04d}"})
         process = context.Process(target=publish, args=(open_store(url), folder, run))
         started = time.monotonic()
         process.start()
-        if turn:  # the first one tells how long a publish takes
-            time.sleep(draw.uniform(0, seconds))
+        process.join(draw.uniform(0, seconds) if turn else 60)
+        if process.exitcode is None:
             process.kill()
-        process.join(60)
-        seconds = seconds or time.monotonic() - started
+            process.join(60)
+        else:  # each that gets through tells how long a publish takes by now: the first one writes more
+            seconds = time.monotonic() - started
         killed += process.exitcode == -signal.SIGKILL
     ours.send("stop")
     found = ours.recv()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from components.common.errors import StageError
-from components.common.events import RUN_DIR_VARIABLE, read_events
+from components.common.events import RUN_DIR_VARIABLE, open_tasks, read_events
 from components.common.settings import validate
 from pipeline.runs import RunDir, locked
 from pipeline.settings import PipelineSettings
@@ -125,7 +125,7 @@ def _reason(run: RunDir, events: list[dict[str, Any]], logged: int) -> str:
     if failures:
         last = failures[-1]
         return f"{last['task']} failed: {last['error']}\n  its log: {last['log']}"
-    killed = list(_open_tasks(events))
+    killed = list(open_tasks(events))
     if killed:
         return f"{killed[-1]} was killed\n  its log: {run.path / 'logs' / killed[-1]}.log"
     log = run.pipeline_log.read_bytes()[logged:].decode(errors="replace")
@@ -142,17 +142,6 @@ def _outside_a_stage(log: str) -> str:
     errors = re.findall(r"^\s*([\w.]*(?:Error|Exception): .+)$", log, re.MULTILINE)
     told = [line for line in errors if "Inner task failed" not in line] or ["for a reason it did not tell"]
     return f"{who}: {told[-1]}"
-
-
-def _open_tasks(events: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Task → its start, of those that have not come to an end."""
-    found: dict[str, dict[str, Any]] = {}
-    for event in events:
-        if event["event"] == "start":
-            found[event["task"]] = event
-        elif event["event"] != "progress":
-            found.pop(event["task"], None)
-    return found
 
 
 # --- the driver, in the child process --------------------------------------------------------------------------------
@@ -207,7 +196,7 @@ def _end(run: RunDir) -> None:
 
 def _tidy(run: RunDir) -> None:
     """Removes the work directories of stages that were killed."""
-    for task, event in _open_tasks(read_events(run.path)).items():
+    for task, event in open_tasks(read_events(run.path)).items():
         folder = Path(event.get("work_dir", ""))  # older code did not tell it
         if folder.name.startswith(f"grpo-{task}-"):
             shutil.rmtree(folder, ignore_errors=True)

@@ -6,6 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
+from components.common.events import open_tasks
+
 COLUMNS = (
     ("pass@1", "evaluate", "eval/pass@1", "{:.1%}"),
     ("reward", "reward", "reward", "{:.3f}"),
@@ -41,19 +43,13 @@ class Progress:
     @classmethod
     def of(cls, events: list[dict[str, Any]], *, iterations: int, since: int = 0) -> "Progress":
         """Reads a run's events; those before `since` are of earlier tries, of which nothing is running any more."""
-        open_tasks: dict[str, dict[str, Any]] = {}
-        detail: dict[str, str] = {}
-        for event in events[since:]:
-            if event["event"] == "start":
-                open_tasks[event["task"]] = event
-            elif event["event"] == "progress":
-                detail[event["task"]] = _describe(event)
-            else:
-                open_tasks.pop(event["task"], None)
+        recent = events[since:]
+        detail = {event["task"]: _describe(event) for event in recent if event["event"] == "progress"}
         running = [
-            RunningTask(task, time.time() - event["time"], detail.get(task, "")) for task, event in open_tasks.items()
+            RunningTask(task, time.time() - event["time"], detail.get(task, ""))
+            for task, event in open_tasks(recent).items()
         ]
-        numbers = [event["iteration"] for event in events[since:] if event["iteration"] is not None]
+        numbers = [event["iteration"] for event in recent if event["iteration"] is not None]
         last = min(numbers, default=0) + iterations  # configure comes first and has the start policy's
         return cls(min(max(numbers, default=0), last), last, running, iteration_records(events))
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from components.common.errors import SettingsError, StageError
 from components.common.events import read_events
-from components.common.store import Store
+from components.common.store import Store, write_whole
 from components.configure.config import RunSettings
 
 ROOT = Path("runs")
@@ -78,7 +78,7 @@ class RunDir:
         """
         self._check_same_run(settings)
         (self.path / "logs").mkdir(parents=True, exist_ok=True)
-        _write(self.settings_path, settings.model_dump_json(indent=1))
+        write_whole(self.settings_path, settings.model_dump_json(indent=1).encode())
 
     def _check_same_run(self, settings: RunSettings) -> None:
         """What a stage is told may be mended; what the run starts from and how long it is may not."""
@@ -94,17 +94,14 @@ class RunDir:
     def running(self, process: int) -> None:
         """Says which process drives the run."""
         told = {"state": "running", "process": process, "process_started": _started(process)}
-        _write(self.path / "state.json", json.dumps(told) + "\n")
+        self._tell(told)
 
     def end(self, state: str) -> None:
         """Says how the run ended."""
-        _write(self.path / "state.json", json.dumps({"state": state}) + "\n")
+        self._tell({"state": state})
 
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text)
-    temporary.replace(path)
+    def _tell(self, told: dict[str, Any]) -> None:
+        write_whole(self.path / "state.json", (json.dumps(told) + "\n").encode())
 
 
 def _started(process: int) -> float | None:

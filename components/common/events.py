@@ -8,6 +8,7 @@ already), `failed`.
 import json
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,14 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1]]
+
+
+def open_tasks(events: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Task → its start, of those that have not come to an end."""
+    found: dict[str, dict[str, Any]] = {}
+    for event in events:
+        if event["event"] == "start":
+            found[event["task"]] = event
+        elif event["event"] != "progress":
+            found.pop(event["task"], None)
+    return found

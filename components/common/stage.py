@@ -5,10 +5,8 @@ import logging
 import shutil
 import signal
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -19,7 +17,8 @@ from components.common.events import Events
 from components.common.logs import task_log
 from components.common.manifest import File, Kind, Manifest, Producer, code_version, manifest_key, text_digest
 from components.common.settings import Settings, TrackingSettings, dump_stage, load_stage
-from components.common.store import Store, open_store
+from components.common.signals import raising_on_sigterm
+from components.common.store import Store, open_store, write_whole
 
 S = TypeVar("S", bound=Settings)
 Inputs = Mapping[str, Path | Sequence[Path]]
@@ -197,13 +196,14 @@ class Stage(Generic[S]):
     def _already(self) -> dict[str, Manifest]:
         """Outputs that the same work has published before. Raises AlreadyPublished when other work took the name."""
         found = {}
+        work = self.producer.key
         for role in self.outputs:
             name = self.key(role)
             try:
                 manifest = Manifest.parse(self.store.get_bytes(name), where=name)
             except ArtifactNotFound:
                 continue
-            if manifest.producer.key != self.producer.key:
+            if manifest.producer.key != work:
                 self._check_own(name, manifest)
                 self._outdated.add(role)
             elif all(self.store.stat(key) for file in manifest.files for key in file.keys):
@@ -235,7 +235,7 @@ def run_stage(stage: Stage[S], body: Callable[[Stage[S]], None]) -> None:
     """
     with task_log(stage.events.log_path):
         try:
-            with _ended_by_signal():
+            with raising_on_sigterm(_Ended):  # stages with more to save handle it themselves
                 _run(stage, body)
         except BaseException as error:
             message = str(error) if isinstance(error, GrpoError | _Ended) else f"{type(error).__name__}: {error}"
@@ -254,23 +254,6 @@ class _Ended(SystemExit):
         return "told to end (SIGTERM); nothing was published"
 
 
-@contextmanager
-def _ended_by_signal() -> Iterator[None]:
-    """SIGTERM unwinds the stage instead of cutting it off; stages with more to save handle it themselves."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(*_: object) -> None:
-        raise _Ended
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _run(stage: Stage[S], body: Callable[[Stage[S]], None]) -> None:
     stage._published = stage._already()
     if len(stage._published) == len(stage.outputs):
@@ -281,7 +264,7 @@ def _run(stage: Stage[S], body: Callable[[Stage[S]], None]) -> None:
         _work(stage, body)
         outcome = "done"
     for role, path in stage.outputs.items():
-        _write_whole(Path(path), stage._published[role].dump())
+        write_whole(Path(path), stage._published[role].dump())
     seconds = time.monotonic() - stage.started
     log.info("%s: %s in %.1f s", stage.task, outcome, seconds)
     stage.events.emit(outcome, seconds=seconds, metrics=_all_metrics(stage))
@@ -301,10 +284,3 @@ def _work(stage: Stage[S], body: Callable[[Stage[S]], None]) -> None:
 
 def _all_metrics(stage: Stage[S]) -> dict[str, float]:
     return {name: value for manifest in stage._published.values() for name, value in manifest.metrics.items()}
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_bytes(data)
-    temporary.replace(path)

@@ -265,6 +265,14 @@ class FileStore:
                 Path(name).unlink(missing_ok=True)
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file that a reader finds as it was or whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
 def _make_folder(path: Path) -> None:
     """With those above it; their names are on the disk before anything lies in them."""
     if not path.is_dir():

@@ -86,15 +86,16 @@ def usable_ks(k_values: Sequence[int], num_samples: int) -> list[int]:
     return sorted(k for k in {1, *k_values} if k <= num_samples)
 
 
-def rates(ks: Sequence[int]) -> list[str]:
-    """Names of the metrics that are means over prompts."""
+def _rates(ks: Sequence[int]) -> dict[str, tuple[str, int]]:
+    """Name → kind and k of the metrics that are means over prompts."""
     voted = [k for k in ks if k > 2]  # of one or two samples no majority can differ from their mean
-    return [f"{PREFIX}pass@{k}" for k in ks] + [f"{PREFIX}maj@{k}" for k in voted]
+    rates = [("pass", k) for k in ks] + [("maj", k) for k in voted]
+    return {f"{PREFIX}{kind}@{k}": (kind, k) for kind, k in rates}
 
 
 def deciding(k_values: Sequence[int], num_samples: int) -> list[str]:
     """Names of the metrics a policy may be accepted by, from `num_samples` samples of every held-out prompt."""
-    return [*rates(usable_ks(k_values, num_samples)), *PLAIN]
+    return [*_rates(usable_ks(k_values, num_samples)), *PLAIN]
 
 
 def evaluate(prompts: Sequence[Samples], k_values: Sequence[int], *, resamples: int, seed: int) -> Evaluation:
@@ -121,11 +122,10 @@ def evaluate(prompts: Sequence[Samples], k_values: Sequence[int], *, resamples: 
 def _per_prompt(prompts: Sequence[Samples], ks: Sequence[int], seed: int) -> dict[str, list[float]]:
     """Metric → one value a prompt, for the metrics that carry an interval."""
     columns: dict[str, list[float]] = {}
-    for name in rates(ks):
-        kind, _, k = name.removeprefix(PREFIX).partition("@")
+    for name, (kind, k) in _rates(ks).items():
         columns[name] = [
-            pass_at_k(len(group), sum(group.right), int(k)) if kind == "pass"
-            else maj_at_k(group.right, group.answers, int(k), seed=seed)
+            pass_at_k(len(group), sum(group.right), k) if kind == "pass"
+            else maj_at_k(group.right, group.answers, k, seed=seed)
             for group in prompts
         ]  # fmt: skip
     return columns

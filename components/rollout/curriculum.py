@@ -88,7 +88,8 @@ def members_of(keys_N: "np.ndarray", iteration: int, staleness: int) -> "np.ndar
 def choose_by_outcome(stage: Stage[RolloutSettings], names: Sequence[str]) -> tuple[list[int], dict[str, Any], int]:
     """Rows of the iteration's prompts, the metadata that carries the turns on, and how many prompts were postponed."""
     context, settings, iteration = stage.context, stage.settings, stage.iteration
-    keys_N, members_N = prompt_keys(names), members_of(prompt_keys(names), iteration, context.staleness)
+    keys_N = prompt_keys(names)
+    members_N = members_of(keys_N, iteration, context.staleness)
     half = " in this half (staleness = 1 with a curriculum_weight halves them)" if context.staleness else ""
     check_enough(int(members_N.sum()), settings.num_prompts, f"train prompts{half}")
     belongs_to = {"prompts": stage.manifest("prompts").digest, "seed": context.seed, "staleness": context.staleness}

@@ -83,11 +83,7 @@ class Saved:
             if file_digest(path).removeprefix("blake3:")[:32] not in path.name:
                 raise DataError("its bytes are not those that were saved")
             return read_table(path, _fields()).to_pylist()
-        except (
-            DataError,
-            ArtifactNotFound,
-            DigestMismatch,
-        ) as problem:  # it spares work; without it that is done again
+        except (DataError, ArtifactNotFound, DigestMismatch) as problem:  # without it the work is done again
             log.warning("saved part %s is dropped and its groups are drawn again: %s", key, problem)
             self.store.delete(key)
             return []

@@ -181,9 +181,7 @@ class TransformersSampler:
 
     def _stops(self, ids: list[int], stop: tuple[str, ...]) -> bool:
         longest = max(len(text.encode()) for text in stop)
-        tail = self.decode(
-            ids[-longest - 4 :]
-        )  # a token is at least a byte; the first ones may be parts of a character
+        tail = self.decode(ids[-longest - 4 :])  # a token is at least a byte; the first may be parts of a character
         return any(text in tail for text in stop)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from components.common import artifacts
 from components.common.errors import ArtifactNotFound, StageError
+from components.common.gc import TASK
 from components.common.manifest import File
 from components.common.stage import Stage
 from components.update.config import UpdateSettings
@@ -71,17 +72,18 @@ def collect(stage: Stage[UpdateSettings]) -> list[File]:
 
 def clear(stage: Stage[UpdateSettings]) -> None:
     """Removes what was told, in earlier attempts too; the manifests hold it now."""
-    told = [stat.key for stat in stage.store.list(_folder(stage)) if not stat.key.endswith("/task.json")]
+    told = [stat.key for stat in stage.store.list(f"{place(stage)}/") if not stat.key.endswith(TASK)]
     for key in told:
         stage.store.delete(key)
 
 
-def _folder(stage: Stage[UpdateSettings]) -> str:
-    return f"parts/{stage.producer.key.rpartition(':')[2]}/"
+def place(stage: Stage[UpdateSettings]) -> str:
+    """Where in the store the nodes of this work leave things for each other; the same work has the same place."""
+    return f"parts/{stage.producer.key.rpartition(':')[2]}"
 
 
 def _key(stage: Stage[UpdateSettings], number: int) -> str:
-    return f"{_folder(stage)}{(stage.work_dir / ATTEMPT_FILE).read_text()}-{number:05d}.json"
+    return f"{place(stage)}/{(stage.work_dir / ATTEMPT_FILE).read_text()}-{number:05d}.json"
 
 
 def _pause(deadline: float, problem: str) -> None:

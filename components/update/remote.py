@@ -9,17 +9,19 @@ import tempfile
 from pathlib import Path
 
 from components.common.command import main
+from components.common.gc import TASK
 from components.common.settings import dump_stage
 from components.common.stage import Stage
 from components.common.store import open_store
 from components.update.config import UpdateSettings
+from components.update.nodes import place
 
 INPUTS = ("policy", "optimizer", "reference", "scored")
 
 
 def task_key(stage: Stage[UpdateSettings]) -> str:
     """Where the task lies while it is worked on; the same work has the same key."""
-    return f"parts/{stage.producer.key.rpartition(':')[2]}/task.json"
+    return place(stage) + TASK
 
 
 def leave(stage: Stage[UpdateSettings]) -> str:

@@ -6,15 +6,12 @@ had made; the Workflow owns the job, so it goes with the run.
 
 import logging
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from components.common.errors import StageError
 from components.common.kube import TRAIN_JOBS, ClusterError, call, status_of
+from components.common.signals import raising_on_sigterm
 from components.common.stage import Stage
 from components.update import remote
 from components.update.cluster import Here
@@ -93,7 +90,7 @@ class TrainJob:
         """
         keep = False
         try:
-            with _interruptible():
+            with raising_on_sigterm(Stopped):
                 self.start()
                 self.follow(pending_seconds)
         except Stopped:
@@ -207,20 +204,3 @@ def reason(job: dict[str, Any]) -> str:
     found = [entry for entry in job["status"]["conditions"] if entry["type"] == "Failed"]
     told = f"{found[0].get('reason', '')}: {found[0].get('message', '')}"
     return told + (" (cluster.update.timeout_minutes is up)" if found[0].get("reason") == "DeadlineExceeded" else "")
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM raises Stopped in the main thread."""
-    if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise Stopped
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -1,5 +1,7 @@
 """Bad input and bad health: refused with a message that mends, and nothing is published."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -149,15 +151,19 @@ def test_a_policy_that_left_its_reference_fails_the_iteration(started, engine_mo
     assert published(case) == []
 
 
+def with_weight(folder, model, name, row, value):
+    """The model in another folder, with one value, or one row of values, of its weights put in."""
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights[name][row] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 @pytest.mark.parametrize("zero_stage", [0, 1])
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(case, engine_model, tmp_path, zero_stage):
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for path in engine_model.iterdir():
-        (broken / path.name).write_bytes(path.read_bytes())
+    broken = with_weight(tmp_path / "broken", engine_model, "model.norm.weight", 0, torch.inf)
     weights = load_file(broken / "model.safetensors")
-    weights["model.norm.weight"][0] = torch.inf
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     inputs = case.start(broken)
     scored = case.scored("scored", engine_model, inputs["policy"])
     with pytest.raises(HealthError, match=r"not finite in 1 optimizer steps in a row .health.max_skipped_steps = 0"):
@@ -174,21 +180,12 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(case, engine_model
         case.update(outcome.inputs, again, iteration=1, zero_stage=zero_stage, num_minibatches=4)
 
 
-def broken_embedding(folder, model):
-    """The model with a token that makes everything NaN."""
-    folder.mkdir()
-    for path in model.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    weights = load_file(folder / "model.safetensors")
-    weights["model.embed_tokens.weight"][5] = torch.nan
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
 def test_a_skipped_step_hides_no_limit(case, tmp_path):
     from engine_case import save_tiny_model
 
-    model = broken_embedding(tmp_path / "broken", save_tiny_model(tmp_path / "model", tied=False))
+    model = with_weight(
+        tmp_path / "broken", save_tiny_model(tmp_path / "model", tied=False), "model.embed_tokens.weight", 5, torch.nan
+    )  # a token that makes everything NaN
     inputs = case.start(model)
     prompts = [[1, 2]] * 3 + [[5, 3]] * 3 + [[2, 4]] * 3 + [[3, 3]] * 3  # one in four has the token
     completions = [[1, 2, 3], [7, 8], [9, 4, 2, 1]] * 4

@@ -136,7 +136,7 @@ class Upload:
             got = f"{found.size} bytes" if found else "nothing"
             raise StoreError(f"{self.store.url}: {key}: sent {size} bytes, the server shows {got}; run it again")
 
-    def renew(self, key: str, head: dict[str, Any]) -> None:
+    def renew(self, key: str, head: dict[str, Any], *, again: bool = True) -> None:
         """Copies an object, as `head` describes it, onto itself; its bytes do not leave the server.
 
         The name must say the content, as a blob's does: another may write or copy it meanwhile.
@@ -154,10 +154,14 @@ class Upload:
             self._copy(name | source, name, key, size)
         except BaseException as error:
             self.store.abort(name)  # else a writer of the same blob takes it for an upload of its own
-            ended = isinstance(error, ClientError) and code_of(error) in ("NoSuchUpload", "InvalidPart")
-            found = self.store.stat(key) if ended else None
-            if found is None or found.modified <= head["LastModified"]:  # else our lost request, or another, ended it
+            if not (isinstance(error, ClientError) and code_of(error) in ("NoSuchUpload", "InvalidPart")):
                 raise
+            found = self.store.stat(key)  # our own lost request ended it, or another who writes the same blob
+            if found and found.modified > head["LastModified"]:
+                return
+            if not (found and again):
+                raise StoreError(f"{self.store.url}: copying {key}: another ended the copy ({error})") from error
+            self.renew(key, head, again=False)  # of the same second, in which servers tell times: not seen as younger
 
     def _copy(self, source: dict[str, Any], name: dict[str, Any], key: str, size: int) -> None:
         def copy(number: int, start: int) -> dict[str, Any]:

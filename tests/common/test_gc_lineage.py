@@ -354,13 +354,15 @@ def test_a_large_object_becomes_young_in_ranges(
 
 @pytest.mark.parametrize("kind", ["moto", "rgw"])
 @pytest.mark.parametrize(("copy_bytes", "request_"), [(5 << 30, "CopyObject"), (5 << 20, "UploadPartCopy")])
+@pytest.mark.parametrize("younger", [True, False])  # servers tell times in seconds: in the same one nothing is younger
 def test_two_may_make_a_blob_young_at_once(
-    kind: str, copy_bytes: int, request_: str, request: pytest.FixtureRequest, tmp_path: Path,
+    kind: str, copy_bytes: int, request_: str, younger: bool, request: pytest.FixtureRequest, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """What another writes, or our own copy whose answer was lost, comes before ours: the ETag is another."""
     monkeypatch.setattr(transfer, "COPY_BYTES", copy_bytes)
     store, key = _large_blob(kind, request, tmp_path)
+    age = timedelta(seconds=3 if younger else -300)
     other, first, etags = open_store(store.url.replace("part_mib=5", "part_mib=6")), threading.Lock(), []
 
     def write_first(**_: object) -> None:
@@ -370,7 +372,8 @@ def test_two_may_make_a_blob_young_at_once(
             etags.append(store.client.head_object(**store.name(key))["ETag"])
 
     store.client.meta.events.register(f"provide-client-params.s3.{request_}", write_first)
-    store.touch(key)
+    head = store.client.head_object(**store.name(key))
+    store._upload.renew(key, head | {"LastModified": head["LastModified"] - age})
     assert len(set(etags)) == 2
     store.get_file(key, tmp_path / "back")
 

@@ -105,14 +105,19 @@ def logs(
     run: RunId,
     stage: Annotated[str, typer.Argument(help="Stage, e.g. update.")],
     tail: Annotated[int | None, typer.Option(help="Only the last lines.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Whole, and what comes until the pod ends.")] = False,
     *,
     connection: Connection,
 ) -> None:
     """Print the log of a stage's newest pod."""
+    from components.common.errors import SettingsError
     from pipeline.following import Pods
 
-    for line in Pods.connect(connection.namespace).log(run, stage, tail=tail):
-        print(line)
+    if follow and tail:
+        raise SettingsError("give --tail or --follow: what is followed is shown whole")
+    pods = Pods.connect(connection.namespace)
+    for line in pods.log_as_it_grows(run, stage) if follow else pods.log(run, stage, tail=tail):
+        print(line, flush=True)
 
 
 @app.command()

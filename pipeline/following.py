@@ -10,6 +10,7 @@ from typing import Any
 
 from components.common.errors import SettingsError
 from components.common.kube import STAGE_LABEL, TRAIN_JOB_RUN_LABEL, TRAIN_JOBS, troubles
+from components.common.podlog import PodLog
 from pipeline.connection import ClusterError, call, status_of
 from pipeline.resources import STAGES
 from pipeline.submitting import TERMINAL
@@ -107,6 +108,47 @@ class Pods:
         """Log of the newest pod of a stage, line by line; what went wrong with the pod where it has none.
 
         Raises:
+            ClusterError, SettingsError: as `newest`.
+        """
+        pod = self.newest(run_id, stage)
+        yield from (f"({trouble})" for trouble in troubles(pod))
+        yield from self.log_of(pod, tail=tail)
+
+    def log_as_it_grows(self, run_id: str, stage: str) -> Iterator[str]:
+        """Log of the newest pod of a stage until the pod ends; until it starts, what keeps it from it.
+
+        Raises:
+            ClusterError: as `newest`, or the log may not be read.
+            SettingsError: as `newest`.
+        """
+        from kubernetes import client
+
+        pod = self.newest(run_id, stage)
+        name, told = pod.metadata.name, set[str]()
+
+        def look() -> str:
+            """Its phase now, blank when it is gone."""
+            nonlocal pod
+            pod = next((found for found in self.of_run(run_id, stage) if found.metadata.name == name), None)
+            return pod.status.phase if pod else ""
+
+        def news() -> Iterator[str]:
+            for trouble in troubles(pod) if pod else ():
+                if trouble not in told:
+                    told.add(trouble)
+                    yield f"({trouble})"
+
+        yield from news()
+        while look() == "Pending":
+            yield from news()
+            sleep(POLL_SECONDS)
+        yield from PodLog(client.CoreV1Api(), self.namespace, name, "main").follow(lambda: look() != "Running")
+        yield from news()
+
+    def newest(self, run_id: str, stage: str) -> Any:
+        """The newest pod of a stage.
+
+        Raises:
             ClusterError: no pod of that stage is left.
             SettingsError: there is no such stage.
         """
@@ -120,8 +162,7 @@ class Pods:
                 f"run {run_id} has no pod of {stage} left: it has not started, or Kubernetes has cleaned it up; "
                 "its log is in the Kubeflow UI when the installation archives logs"
             )
-        yield from (f"({trouble})" for trouble in troubles(pods[-1]))
-        yield from self.log_of(pods[-1], tail=tail)
+        return pods[-1]
 
     def log_of(self, pod: Any, *, tail: int | None = None) -> Iterator[str]:
         """Log of a pod, line by line."""

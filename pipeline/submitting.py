@@ -3,6 +3,7 @@
 import hashlib
 import json
 import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -142,8 +143,16 @@ def submit(client: Any, settings: PipelineSettings) -> Submitted:
     check_for_cluster(settings)
     check_at_rest(client, settings.fine_tune)
     check_not_recurring(client, settings.fine_tune)
-    name = f"{settings.fine_tune}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    return start(client, settings, upload(client, settings), name)
+    name = f"{settings.fine_tune}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
+    sent = start(client, settings, upload(client, settings), name)
+    others = [run for run in _going_on(client, settings.fine_tune) if run.run_id != sent.run_id]
+    if others:  # who both look and then both start see each other here
+        call("end the run", client.terminate_run, sent.run_id)
+        raise ClusterError(
+            f"fine-tune {settings.fine_tune}: run {others[0].display_name} was submitted at the same moment, so "
+            f"{name} is ended; `grpo status {settings.fine_tune}` tells whether the other goes on"
+        )
+    return sent
 
 
 def check_at_rest(client: Any, fine_tune: str) -> None:
@@ -152,12 +161,15 @@ def check_at_rest(client: Any, fine_tune: str) -> None:
     Raises:
         ClusterError: a run of this fine-tune goes on; the message names it and the way out.
     """
-    going_on = [run for run in runs(client, fine_tune) if run.state not in TERMINAL]
-    if going_on:
+    if going_on := _going_on(client, fine_tune):
         raise ClusterError(
             f"fine-tune {fine_tune} has run {going_on[0].display_name} going on; wait for it, stop it with "
             f"`grpo cancel {going_on[0].run_id}`, or use another name: --set fine_tune={fine_tune}-2"
         )
+
+
+def _going_on(client: Any, fine_tune: str) -> list[Any]:
+    return [run for run in runs(client, fine_tune) if run.state not in TERMINAL]
 
 
 def start(client: Any, settings: PipelineSettings, to: Uploaded, name: str) -> Submitted:

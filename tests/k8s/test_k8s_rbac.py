@@ -13,7 +13,7 @@ USES = {
     ("grpo-stages", "trainjobs", "get"): ("components/update", r"get_namespaced_custom_object\("),
     ("grpo-stages", "trainjobs", "delete"): ("components/update", r"delete_namespaced_custom_object\("),
     ("grpo-stages", "pods", "list"): ("components/update", r"list_namespaced_pod\("),
-    ("grpo-stages", "pods/log", "get"): ("components/update", r"read_namespaced_pod_log\("),
+    ("grpo-stages", "pods/log", "get"): ("components/update", r"read_namespaced_pod_log\b"),
     ("grpo-stages", "events", "list"): ("components/update", r"list_namespaced_event\("),
     ("grpo-stages", "workflows", "get"): ("components/update", r"get_namespaced_custom_object\("),
     ("grpo-janitor", "trainjobs", "list"): ("pipeline/janitor", r"list_namespaced_custom_object\("),

@@ -15,9 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from cluster_server import Cluster, task_details, write_kubeconfig
 
-from components.common import kube
+from components.common import kube, podlog
 from components.common.errors import SettingsError
 from components.common.settings import validate
+from pipeline import following, submitting
 from pipeline.chain import go_on
 from pipeline.compiling import iterations_that_fit
 from pipeline.connection import ClusterError, Connection, call
@@ -29,6 +30,8 @@ from pipeline.submitting import resumed, runs, settings_of, submit, upload
 
 STAGES = ("configure", "dataset", "rollout", "reward", "update", "evaluate", "publish")
 OUT_OF_REACH = "s3://bucket?endpoint=http://127.0.0.1:9"
+MAIN = {"name": "main", "image": "registry/it:1", "imageID": "", "ready": False, "restartCount": 0}
+KILLED = MAIN | {"state": {"terminated": {"reason": "OOMKilled", "exitCode": 137}}}
 
 
 @pytest.fixture
@@ -92,6 +95,24 @@ def test_a_second_run_of_a_fine_tune_is_refused_while_the_first_goes_on(cluster,
         submit(client, settings())
     cluster.runs[sent.run_id]["state"] = "SUCCEEDED"
     submit(client, settings())
+
+
+def test_of_two_runs_submitted_at_the_same_moment_the_one_that_sees_the_other_is_ended(cluster, client, monkeypatch):
+    """The second begins and starts between the first's look and its start, in the same second."""
+    begun = []
+
+    def slowly(*arguments):
+        if not begun:
+            begun.append(True)
+            begun.append(submit(client, settings(iterations=3)))
+        return upload(*arguments)
+
+    monkeypatch.setattr(submitting, "upload", slowly)
+    with pytest.raises(ClusterError, match="at the same moment"):
+        submit(client, settings())
+    first = begun[1].run_id
+    assert len(cluster.runs) == 2 and cluster.runs[first]["state"] == "RUNNING"
+    assert [run["state"] for name, run in cluster.runs.items() if name != first] == ["CANCELED"]
 
 
 @pytest.mark.parametrize("statuses", [[500, 503, 429], ["drop"], [429, "drop", 500]])
@@ -397,18 +418,40 @@ def test_the_log_of_a_stage(cluster, pods):
         list(pods.log("r", "rollout"))
 
 
+def test_a_log_is_followed_from_before_the_pod_runs_over_a_broken_connection_to_its_end(cluster, pods, monkeypatch):
+    monkeypatch.setattr(following, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(podlog, "RECONNECT_SECONDS", 0.02)
+    full = {"type": "PodScheduled", "status": "False", "message": "0/3 nodes are available: 3 Insufficient cpu"}
+    cluster.pods, written = [pod("one", phase="Pending", conditions=[full])], []
+    cluster.logs["one"] = lambda: ("\n".join(written), len(written) < 4)
+    cluster.cuts["one"] = [60]
+    followed = pods.log_as_it_grows("r", "update")
+    assert "cpu is short" in next(followed)
+    written += ["first", "second"]
+    cluster.pods = [pod("one", phase="Running")]
+    assert [next(followed), next(followed)] == ["first", "second"]
+    written += ["third", "fourth"]
+    cluster.pods = [pod("one", phase="Failed", containerStatuses=[KILLED])]
+    assert list(followed) == ["third", "fourth", "(main was killed for memory: raise cluster.update.memory)"]
+
+
+def test_a_log_that_may_not_be_followed_says_so(cluster, pods):
+    cluster.pods, cluster.logs["one"] = [pod("one", phase="Running")], "first"
+    cluster.faults["/log"] = [403]
+    with pytest.raises(ClusterError, match="grpo doctor"):
+        list(pods.log_as_it_grows("r", "update"))
+
+
 def test_a_pod_that_does_not_run_says_why(cluster, pods):
     taint = "0/3 nodes are available: 3 node(s) had untolerated taint {nvidia.com/gpu: present}"
     cluster.pods = [pod("one", conditions=[{"type": "PodScheduled", "status": "False", "message": taint}])]
     text = "\n".join(pods.log("r", "update"))
     assert taint in text and "has no log" in text
-    waiting = {"name": "main", "image": "registry/it:1", "imageID": "", "ready": False, "restartCount": 0}
     cluster.pods = [
-        pod("two", containerStatuses=[waiting | {"state": {"waiting": {"reason": "ImagePullBackOff", "message": "x"}}}])
+        pod("two", containerStatuses=[MAIN | {"state": {"waiting": {"reason": "ImagePullBackOff", "message": "x"}}}])
     ]
     assert "ImagePullBackOff: x (image registry/it:1:" in "\n".join(pods.log("r", "update"))
-    killed = {"terminated": {"reason": "OOMKilled", "exitCode": 137}}
-    cluster.pods = [pod("three", containerStatuses=[waiting | {"state": killed}])]
+    cluster.pods = [pod("three", containerStatuses=[KILLED])]
     assert "raise cluster.update.memory" in "\n".join(pods.log("r", "update"))
 
 

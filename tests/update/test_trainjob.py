@@ -19,13 +19,14 @@ sys.path.insert(0, str(ROOT / "tests" / "pipeline"))
 from cluster_server import Cluster
 from kubernetes import client as kubernetes_client
 
-from components.common import kube
+from components.common import kube, podlog
 from components.common.errors import StageError
 from components.common.kube import ClusterError
 from components.common.manifest import Manifest
+from components.common.podlog import PodLog
 from components.common.settings import validate
 from components.update import cluster as place
-from components.update import trainjob, watching
+from components.update import trainjob
 from components.update.cluster import Here
 from components.update.config import UpdateSettings
 from components.update.jobspec import NodeResources, describe, job_name
@@ -41,7 +42,7 @@ RUN = "0b9f"
 def cluster(monkeypatch):
     monkeypatch.setattr(kube, "FIRST_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(trainjob, "POLL_SECONDS", 0.03)
-    monkeypatch.setattr(watching, "RECONNECT_SECONDS", 0.05)
+    monkeypatch.setattr(podlog, "RECONNECT_SECONDS", 0.05)
     found = Cluster()
     found.workflows["grpo-f-abc"] = {"metadata": {"uid": "uid-1"}, "spec": {}, "status": {"phase": "Running"}}
     yield found
@@ -246,10 +247,10 @@ def test_a_log_is_taken_up_again_in_any_time_zone(hours):
     now = datetime.now(timezone(timedelta(hours=hours)))
     first, second = (f"{(now + timedelta(seconds=n)).isoformat(timespec='microseconds')}" for n in (-30, -20))
     core = LogAnswers([f"{first} one"], [f"{first} one", f"{second} two"])
-    follower = watching.LogFollower(Here(core, None, "kubeflow", RUN, OWNER), "grpo-f-0-1")
-    assert list(follower._lines(follow=True)) == ["one"] and "since_seconds" not in core.asked[0]
-    assert list(follower._lines(follow=True)) == ["two"]
-    assert 29 + watching.SKEW_SECONDS <= core.asked[1]["since_seconds"] < 60 + watching.SKEW_SECONDS
+    log = PodLog(core, "kubeflow", "node-0", "node")
+    assert list(log.lines(follow=True)) == ["one"] and "since_seconds" not in core.asked[0]
+    assert list(log.lines(follow=True)) == ["two"]
+    assert 29 + podlog.SKEW_SECONDS <= core.asked[1]["since_seconds"] < 60 + podlog.SKEW_SECONDS
 
 
 def test_no_line_is_lost_when_the_clock_changes_or_the_kubelet_speaks():
@@ -259,9 +260,9 @@ def test_no_line_is_lost_when_the_clock_changes_or_the_kubelet_speaks():
         "unable to retrieve container logs", "2026-10-25T02:00:00.000000000+01:00 three",
     ]  # fmt: skip
     core = LogAnswers(lines, lines)
-    follower = watching.LogFollower(Here(core, None, "kubeflow", RUN, OWNER), "grpo-f-0-1")
-    assert list(follower._lines(follow=True)) == ["one", "two", "unable to retrieve container logs", "three"]
-    assert list(follower._lines(follow=True)) == ["unable to retrieve container logs"]
+    log = PodLog(core, "kubeflow", "node-0", "node")
+    assert list(log.lines(follow=True)) == ["one", "two", "unable to retrieve container logs", "three"]
+    assert list(log.lines(follow=True)) == ["unable to retrieve container logs"]
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,11 @@
     python scripts/ceph_rgw.py run -- python benchmarks/store.py            # 2 GiB in 4 shards, loopback
     python scripts/ceph_rgw.py run -- python benchmarks/store.py --delay-ms 10 --gib 0.5   # 20 ms more round trip
 
-Each contender runs in a process of its own; wall and CPU seconds are taken around the transfer, of command-line tools
-around the tool. Ours includes what the others do not do: hashing before the upload and checking every byte after the
-download. The best of `--repeats` runs counts, contenders taking turns. `cp` between two folders is the physical limit;
-`single stream` is what KFP's launcher does: one object after another, one stream each.
+Each contender runs in a process of its own; wall and CPU seconds are taken around the transfer, with the client made
+and connected, and around the whole of a command-line tool. Ours includes what the others do not do: hashing before the
+upload and checking every byte after the download. The best of `--repeats` runs counts, contenders taking turns. `cp`
+between two folders is the physical limit; `single stream` is what KFP's launcher does: one object after another, one
+stream each.
 """
 
 import argparse
@@ -26,6 +27,19 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 BUCKET = "grpo-benchmark"
 MIB = 1 << 20
+Seconds = tuple[float, float]
+"""Wall, and CPU of this process and of those it started that have ended."""
+
+
+def clock() -> Seconds:
+    """Now."""
+    return time.perf_counter(), sum(os.times()[:4])
+
+
+def since(started: Seconds) -> Seconds:
+    """From then to now."""
+    now = clock()
+    return now[0] - started[0], now[1] - started[1]
 
 
 def client(endpoint: str):
@@ -37,7 +51,7 @@ def client(endpoint: str):
     return boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", config=config)
 
 
-def ours(endpoint: str, prefix: str, folder: Path, up: bool) -> float:
+def ours(endpoint: str, prefix: str, folder: Path, up: bool) -> Seconds:
     """Upload as `publish` does, download as `fetch` does, without the node cache."""
     from components.common import artifacts
     from components.common.manifest import Manifest, Producer, content_digest, now
@@ -46,10 +60,10 @@ def ours(endpoint: str, prefix: str, folder: Path, up: bool) -> float:
     store = open_store(f"s3://{BUCKET}/{prefix}?endpoint={endpoint}")
     store.stat("warm")  # the connection and the client's own set-up, as in a stage that runs already
     record = folder.parent / f"{prefix}.json"
-    started = time.perf_counter()
+    started = clock()
     if up:
         files = tuple(artifacts.upload(store, {path.name: path for path in sorted(folder.iterdir())}))
-        seconds = time.perf_counter() - started
+        seconds = since(started)
         producer = Producer(stage="", key="", settings_digest="", code_version="")
         record.write_bytes(
             Manifest(
@@ -59,16 +73,16 @@ def ours(endpoint: str, prefix: str, folder: Path, up: bool) -> float:
         )  # fmt: skip
         return seconds
     artifacts.fetch(store, Manifest.load(record), folder)
-    return time.perf_counter() - started
+    return since(started)
 
 
-def single_stream(endpoint: str, prefix: str, folder: Path, up: bool) -> float:
+def single_stream(endpoint: str, prefix: str, folder: Path, up: bool) -> Seconds:
     """One object after another, one connection; parts of 5 MiB one after another on the way up, as gocloud's writer."""
     from boto3.s3.transfer import TransferConfig
 
     s3 = client(endpoint)
     s3.list_objects_v2(Bucket=BUCKET, Prefix=prefix)
-    started = time.perf_counter()
+    started = clock()
     if up:
         config = TransferConfig(use_threads=False, multipart_chunksize=5 * MIB, multipart_threshold=5 * MIB)
         for path in sorted(folder.iterdir()):
@@ -79,30 +93,30 @@ def single_stream(endpoint: str, prefix: str, folder: Path, up: bool) -> float:
             with (folder / Path(entry["Key"]).name).open("wb") as file:
                 for chunk in body.iter_chunks(MIB):
                     file.write(chunk)
-    return time.perf_counter() - started
+    return since(started)
 
 
-def boto3_defaults(endpoint: str, prefix: str, folder: Path, up: bool) -> float:
+def boto3_defaults(endpoint: str, prefix: str, folder: Path, up: bool) -> Seconds:
     """`upload_file` and `download_file` as they come: ten threads, 8 MiB parts, a file at a time."""
     s3 = client(endpoint)
     names = [entry["Key"] for entry in s3.list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])]
-    started = time.perf_counter()
+    started = clock()
     if up:
         for path in sorted(folder.iterdir()):
             s3.upload_file(str(path), BUCKET, f"{prefix}/{path.name}")
     else:
         for name in names:
             s3.download_file(BUCKET, name, str(folder / Path(name).name))
-    return time.perf_counter() - started
+    return since(started)
 
 
-def _tool(*command: str) -> float:
-    started = time.perf_counter()
+def _tool(*command: str) -> Seconds:
+    started = clock()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - started
+    return since(started)
 
 
-def aws_cli(endpoint: str, prefix: str, folder: Path, up: bool) -> float:
+def aws_cli(endpoint: str, prefix: str, folder: Path, up: bool) -> Seconds:
     """`aws s3 cp --recursive`."""
     ends = [f"{folder}/", f"s3://{BUCKET}/{prefix}/"]
     program = shutil.which("aws", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or "aws"
@@ -111,13 +125,13 @@ def aws_cli(endpoint: str, prefix: str, folder: Path, up: bool) -> float:
     )
 
 
-def s5cmd(endpoint: str, prefix: str, folder: Path, up: bool) -> float:
+def s5cmd(endpoint: str, prefix: str, folder: Path, up: bool) -> Seconds:
     """`s5cmd cp`, the fastest tool known for downloads."""
     ends = [f"{folder}/", f"s3://{BUCKET}/{prefix}/"] if up else [f"s3://{BUCKET}/{prefix}/*", f"{folder}/"]
     return _tool("s5cmd", "--endpoint-url", endpoint, "cp", *ends)
 
 
-def local_cp(endpoint: str, prefix: str, folder: Path, up: bool) -> float:
+def local_cp(endpoint: str, prefix: str, folder: Path, up: bool) -> Seconds:
     """`cp` between two folders."""
     other = folder.parent / f"{prefix}-cp"
     if up:
@@ -125,7 +139,7 @@ def local_cp(endpoint: str, prefix: str, folder: Path, up: bool) -> float:
     return _tool("cp", *(str(path) for path in sorted(other.iterdir())), str(folder))
 
 
-CONTENDERS: dict[str, Callable[[str, str, Path, bool], float]] = {
+CONTENDERS: dict[str, Callable[[str, str, Path, bool], Seconds]] = {
     "ours": ours,
     "single stream": single_stream,
     "boto3 defaults": boto3_defaults,
@@ -135,17 +149,12 @@ CONTENDERS: dict[str, Callable[[str, str, Path, bool], float]] = {
 }
 
 
-def run_one(name: str, endpoint: str, prefix: str, folder: Path, up: bool) -> tuple[float, float]:
+def run_one(name: str, endpoint: str, prefix: str, folder: Path, up: bool) -> Seconds:
     """Wall and CPU seconds of a contender in a process of its own."""
     command = [sys.executable, __file__, "--one", json.dumps([name, endpoint, prefix, str(folder), up])]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     wall, cpu = json.loads(done.stdout)
     return wall, cpu
-
-
-def cpu_seconds() -> float:
-    """Of this process and of those it started that have ended."""
-    return sum(os.times()[:4])
 
 
 def imports() -> None:
@@ -219,8 +228,7 @@ def main() -> None:
     if options.one:
         name, endpoint, prefix, folder, up = json.loads(options.one)
         imports()
-        before = cpu_seconds()
-        print(json.dumps([CONTENDERS[name](endpoint, prefix, Path(folder), up), cpu_seconds() - before]))
+        print(json.dumps(CONTENDERS[name](endpoint, prefix, Path(folder), up)))
         return
     server = endpoint = os.environ["GRPO_S3_ENDPOINT"]
     os.environ["GRPO_CACHE_DIR"] = "off"

@@ -19,6 +19,9 @@ from components.reward.sandbox import environment, package_paths, readable_paths
 
 START_SECONDS = 120.0
 """Longest a worker may take to start: its function's module may import much."""
+STATUS_SECONDS = 10.0
+"""Longest wait for the exit status of a worker that is gone: the processes around it end after it, on a busy machine
+late."""
 LOG_TAIL_BYTES = 2000
 
 
@@ -111,12 +114,10 @@ class Worker:
             reason = "it hung, so its process was killed"
         except (ValueError, RecursionError):
             reason = "its process answered nonsense"
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(0.2)  # so that the exit status is its own, not that of our kill
-        status = self.process.returncode
+        else:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # its own exit status, not that of our kill
+                reason += f" ({_status(self.process.wait(STATUS_SECONDS))})"
         self.close()
-        if reason == "its process died" and status is not None:
-            reason += f" ({_status(status)})"
         raise WorkerLost(reason)
 
     def _log_tail(self) -> str:

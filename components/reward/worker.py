@@ -34,6 +34,8 @@ def main(descriptor: int) -> None:
     except NotUsable as error:
         send_json(connection, {"refused": str(error)})
         return
+    import pyarrow  # noqa: F401 (of the start's time, not of the first batch's)
+
     send_json(connection, {"parameters": parameters(function).as_json(), "missing": missing})
     arguments, messages = order["arguments"], order["messages"]
 

@@ -3,6 +3,11 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# a busy machine takes any time for an example, and to draw one
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 ALPHABET = "0123456789+-=# abcdefghijklmnopqrstuvwxyz.?\n"
 

@@ -392,7 +392,7 @@ def test_what_a_dishonest_function_answers_is_not_believed(case, rows_of):
         "import os, struct\n"
         "def forge(completions):\n"
         '    reply = b\'{"scores": [9, 9, 9, 9], "errors": {}}\'\n'
-        "    for fd in range(3, 64):\n"
+        "    for fd in range(3, 4096):\n"  # a worker's end has the number it had in the stage
         "        try:\n"
         "            os.write(fd, struct.pack('>Q', len(reply)) + reply)\n"
         "        except OSError:\n"

@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,10 +52,26 @@ def moto_endpoint(s3_credentials: pytest.MonkeyPatch) -> Iterator[str]:
     """moto's server: the protocol, without integrity, authentication or speed."""
     server = pytest.importorskip("moto.server", reason="moto is not installed: pip install 'moto[server]'")
     running = server.ThreadedMotoServer(port=0, verbose=False)
-    running.start()
-    _, port = running.get_host_and_port()
-    yield make_bucket(f"http://127.0.0.1:{port}")
-    running.stop()
+    with pytest.MonkeyPatch.context() as patch:
+        one_write_at_a_time(patch)
+        running.start()
+        _, port = running.get_host_and_port()
+        yield make_bucket(f"http://127.0.0.1:{port}")
+        running.stop()
+
+
+def one_write_at_a_time(patch: pytest.MonkeyPatch) -> None:
+    """moto looks whether a condition holds and then writes: of two writers at once both could win, which S3 rules out
+    (2 of 60 races of 8 writers, where Python changes threads often enough)."""
+    from moto.s3.responses import S3Response
+
+    real, lock = S3Response.put_object, threading.Lock()
+
+    def put_object(self: S3Response) -> Any:
+        with lock:
+            return real(self)
+
+    patch.setattr(S3Response, "put_object", put_object)
 
 
 @pytest.fixture(scope="session")

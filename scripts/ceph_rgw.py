@@ -174,7 +174,8 @@ class Cluster:
         self.data = data
         (self.lib,) = [path.parent for path in self.root.glob("usr/lib/*/rados-classes")]
         (self.loader,) = self.lib.glob("ld-linux*.so.*")
-        self.port, mon_port = _free_ports(2)
+        self.reserved = _reserve_ports(2)
+        self.port, mon_port = (one.getsockname()[1] for one in self.reserved)
         self.endpoint = f"http://127.0.0.1:{self.port}"
         self.access_key, self.secret_key = "grpo-test-key", uuid.uuid4().hex
         self.fsid, self.osd_uuid = str(uuid.uuid4()), str(uuid.uuid4())
@@ -217,6 +218,8 @@ class Cluster:
             process.kill()
         for process in self.processes:
             process.wait()
+        for one in self.reserved:
+            one.close()
 
     def environment(self) -> dict[str, str]:
         """What a client needs."""
@@ -296,14 +299,15 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for found in sockets:
-        found.bind(("127.0.0.1", 0))
-    ports = [found.getsockname()[1] for found in sockets]
-    for found in sockets:
-        found.close()
-    return ports
+def _reserve_ports(count: int) -> list[socket.socket]:
+    """Sockets that hold a port each and do not listen: the system gives the port to nobody else, and a program that is
+    told its number may listen there, since it too asks to share it (SO_REUSEADDR). The gateway does so seconds later.
+    """
+    found = [socket.socket() for _ in range(count)]
+    for one in found:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        one.bind(("127.0.0.1", 0))
+    return found
 
 
 @contextmanager

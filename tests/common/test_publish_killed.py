@@ -1,7 +1,8 @@
 """SIGKILL at every step of a publish: the store stays readable, and the rerun completes.
 
 The publishing process kills itself right before or right after its n-th step; a step is a request to the server, or a
-system call that changes the folder. n grows until a process gets through.
+system call that changes the folder. n grows until a process gets through. Requests that are under way when it dies may
+still be carried out, except that which begins an upload in parts: it would be begun after the rerun had looked for it.
 """
 
 import multiprocessing
@@ -39,11 +40,20 @@ def publish(store: Store, folder: Path, context: RunContext = CONTEXT) -> Manife
     )  # fmt: skip
 
 
-def count_steps(store: Store, step: Callable[[], None]) -> None:
-    """Calls `step` before every request, and after those that write whole objects; around every change of a folder."""
+def count_steps(store: Store, step: Callable[[], None], alone: threading.RLock) -> None:
+    """Calls `step` before every request, and after those that write whole objects; around every change of a folder.
+    While an upload in parts is being begun `alone` is held."""
     if hasattr(store, "client"):
-        store.client.meta.events.register("before-send.s3", lambda **_: step())
-        store.client.meta.events.register("after-call.s3.PutObject", lambda **_: step())
+
+        def begin(**_: Any) -> None:
+            alone.acquire()
+
+        events = store.client.meta.events
+        events.register("before-send.s3", lambda **_: step())
+        events.register("after-call.s3.PutObject", lambda **_: step())
+        events.register("before-send.s3.CreateMultipartUpload", begin)
+        for name in ("after-call", "after-call-error"):
+            events.register(f"{name}.s3.CreateMultipartUpload", lambda **_: alone.release())
         return
     for module, name in ((shutil, "copyfile"), (os, "replace"), (os, "link"), (os, "fsync")):
         original = getattr(module, name)
@@ -63,7 +73,7 @@ def reopen(url: str, client: Any) -> Store:
 
 
 def killed_publish(url: str, client: Any, folder: Path, at: int) -> None:
-    store, lock, steps = reopen(url, client), threading.Lock(), 0
+    store, lock, steps = reopen(url, client), threading.RLock(), 0
 
     def step() -> None:
         nonlocal steps
@@ -72,7 +82,7 @@ def killed_publish(url: str, client: Any, folder: Path, at: int) -> None:
             if steps == at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    count_steps(store, step)
+    count_steps(store, step, lock)
     publish(store, folder)
 
 

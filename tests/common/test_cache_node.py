@@ -56,16 +56,16 @@ def test_many_who_want_the_same_blob_fetch_it_once(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "incoming") == []
 
 
-def _use(root: Path, index: int, seconds: float, made: "multiprocessing.Queue[int]") -> None:
-    """Fetches blobs in an endless turn, as a pod would, in a cache too small for all."""
-    end = time.monotonic() + seconds
+def _use(root: Path, index: int, count: int, made: "multiprocessing.Queue[int]") -> None:
+    """Fetches blobs in turn until it had `count`, as a pod would, in a cache too small for all."""
     cache = NodeCache(root, 300 * KIB)
     turn = index
-    while time.monotonic() < end:
+    while count:
         data = bytes([turn % 8]) * (100 * KIB)
         found = cache.get(digest_of(data), len(data), maker(data))
         if found:
             made.put(found.read_bytes() == data)
+            count -= 1
         cache.release()
         turn += 1
 
@@ -73,7 +73,7 @@ def _use(root: Path, index: int, seconds: float, made: "multiprocessing.Queue[in
 def test_pods_that_evict_one_another_read_whole_blobs_only(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     made: multiprocessing.Queue[int] = context.Queue()
-    pods = [context.Process(target=_use, args=(tmp_path, index, 2.0, made)) for index in range(4)]
+    pods = [context.Process(target=_use, args=(tmp_path, index, 250, made)) for index in range(4)]
     for pod in pods:
         pod.start()
     results = []
@@ -83,7 +83,7 @@ def test_pods_that_evict_one_another_read_whole_blobs_only(tmp_path: Path) -> No
         time.sleep(0.01)
     assert [pod.exitcode for pod in pods] == [0] * 4
     assert all(results)
-    assert len(results) > 20
+    assert len(results) == 4 * 250
     cache = NodeCache(tmp_path, 300 * KIB)
     assert sum(entry.size for entry in cache.entries()) <= 300 * KIB
 

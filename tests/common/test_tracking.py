@@ -11,6 +11,8 @@ from components.common import tracking
 from components.common.manifest import Manifest, Producer, content_digest, now
 from components.common.settings import RunContext, TrackingSettings
 
+PATIENT = 600.0
+"""Seconds for what must succeed: MLflow takes seconds of CPU each time, and a busy machine has few to give."""
 SETTINGS = {"update": {"learning_rate": 1e-6, "loss_type": "dapo"}, "seed": 3, "model": "base", "unset": None}
 
 
@@ -44,7 +46,7 @@ def database(tmp_path_factory):
     (folder / "report.html").write_text("<p>first</p>")
     first = tracking.sync(
         context(uri), records=[record(0, reward=0.25, **{"eval/pass@1": 0.5})], settings=SETTINGS,
-        artifacts=[folder / "report.html"],
+        artifacts=[folder / "report.html"], deadline=PATIENT,
     )  # fmt: skip
     return folder, uri, first
 
@@ -64,11 +66,14 @@ def test_a_fine_tune_is_one_run_and_nothing_is_logged_twice(database, client):
     accepted = tracking.Model("sums", policy(), key, {"grpo.value": "0.9"})
     records = [record(0, reward=0.25, **{"eval/pass@1": 0.5}), record(1, reward=0.5, kl=0.01)]
     second = tracking.sync(
-        context(uri), records=records, settings=SETTINGS, artifacts=[folder / "report.html"], model=accepted
-    )
+        context(uri), records=records, settings=SETTINGS, artifacts=[folder / "report.html"], model=accepted,
+        deadline=PATIENT,
+    )  # fmt: skip
     changed = {"update": {"learning_rate": 2e-6, "loss_type": "dapo"}}
     records.append(record(5, run="run-2", reward=0.75))
-    third = tracking.sync(context(uri, run="run-2"), records=records, settings=changed, model=accepted, finished=True)
+    third = tracking.sync(
+        context(uri, run="run-2"), records=records, settings=changed, model=accepted, finished=True, deadline=PATIENT
+    )
     assert {answer["run_id"] for answer in (first, second, third)} == {first["run_id"]}
 
     run = client.get_run(first["run_id"])
@@ -89,7 +94,8 @@ def test_a_fine_tune_is_one_run_and_nothing_is_logged_twice(database, client):
     assert champion.tags == {"grpo.value": "0.9", "grpo.digest": policy().digest, "grpo.manifest": key}
 
     better = tracking.Model("sums", policy(3), key.replace("0002", "0003"))
-    assert tracking.sync(context(uri), records=[], settings={}, model=better)["model_version"] == "2"
+    fourth = tracking.sync(context(uri), records=[], settings={}, model=better, deadline=PATIENT)
+    assert fourth["model_version"] == "2"
     assert str(client.get_model_version_by_alias("sums", "champion").version) == "2"
 
 
@@ -152,7 +158,8 @@ def test_a_server_that_hangs_is_left_at_the_deadline(hanging_server, caplog, mon
 def test_a_store_that_mlflow_refuses_costs_a_warning(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("grpo"), "propagate", True)
     (tmp_path / "mlflow.db").write_text("this is no database, and long enough to be read as one" * 20)
-    assert tracking.sync(context(f"sqlite:///{tmp_path}/mlflow.db"), records=[], settings={}) is None
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    assert tracking.sync(context(uri), records=[], settings={}, deadline=PATIENT) is None
     assert "was not told" in caplog.text
     assert "file is not a database" in caplog.text
 

@@ -35,13 +35,13 @@ class FaultProxy(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.upstream = urlsplit(upstream)
         self.share, self.faults, self.stall = share, faults, stall
-        self.random, self.lock = random.Random(0), threading.Lock()
+        self.random, self.bits, self.lock = random.Random(0), random.Random(1), threading.Lock()
         self.met: Counter[str] = Counter()
         self.requests = 0
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def draw(self) -> str | None:
-        """The fault the next request meets."""
+        """The fault the next request meets; the n-th one meets the same in each run, whatever the threads do."""
         with self.lock:
             self.requests += 1
             weights = [0.25 if fault == "stall" else 1.0 for fault in self.faults]  # a stall costs seconds
@@ -55,7 +55,7 @@ class FaultProxy(ThreadingHTTPServer):
         if not data:
             return data
         with self.lock:
-            place, bit = self.random.randrange(len(data)), self.random.randrange(8)
+            place, bit = self.bits.randrange(len(data)), self.bits.randrange(8)
         return data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
 
     def handle_error(self, *_: object) -> None:

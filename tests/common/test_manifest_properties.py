@@ -99,7 +99,6 @@ def test_the_same_content_has_the_same_digest(manifest: Manifest, data: st.DataO
     assert content_digest(manifest.kind, whole) == manifest.digest
 
 
-@settings(deadline=None)
 @given(data=st.binary(max_size=200))
 def test_what_is_no_manifest_is_refused(data: bytes) -> None:
     with pytest.raises(ArtifactError, match="is not a manifest of schema 1"):

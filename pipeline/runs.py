@@ -63,8 +63,10 @@ class RunDir:
             told = json.loads((self.path / "state.json").read_text())
         except FileNotFoundError:
             return "interrupted"
-        gone = told["state"] == "running" and _started(told["process"]) != told["process_started"]
-        return "interrupted" if gone else told["state"]
+        if told["state"] != "running":
+            return told["state"]
+        started = _started(told["process"])
+        return "running" if started is not None and started == told["process_started"] else "interrupted"
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain values."""

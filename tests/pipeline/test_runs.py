@@ -68,9 +68,16 @@ def test_a_run_whose_driver_is_gone_is_not_running(here):
     assert run.state == "interrupted"
     run.running(os.getpid())
     assert run.state == "running"
-    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     run.running(gone.pid)
-    gone.wait()
+    assert run.state == "running"
+    gone.communicate(b"\n")
+    assert run.state == "interrupted"
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+    run.running(ended.pid)  # gone before it was told of
+    assert run.state == "interrupted"
+    ended.wait()
     assert run.state == "interrupted"
     told = {"state": "running", "process": os.getpid(), "process_started": 1.0}  # another had this number
     (run.path / "state.json").write_text(json.dumps(told))

@@ -19,7 +19,7 @@ from components.common.store import open_store
 from pipeline.runs import RunDir
 
 GRPO = [sys.executable, "-m", "pipeline.cli"]
-PATIENCE_SECONDS = 300.0
+PATIENCE_SECONDS = 1200.0
 SETTINGS = """
 fine_tune = "tiny"
 model = {model!r}
@@ -127,7 +127,7 @@ def disturbed(project, finished):
     family = psutil.Process(third.pid).children(recursive=True)
     third.send_signal(signal.SIGINT)
     interrupted, _ = third.communicate(timeout=PATIENCE_SECONDS)
-    _, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=PATIENCE_SECONDS)
     last = grpo(project, "run", "settings.toml", "--set", "fine_tune=disturbed", "--resume")
     return {
         "refused": second, "killed": (first.returncode, killed), "interrupted": (third.returncode, interrupted),

@@ -27,7 +27,7 @@ def recipe():
 
 def prepare(folder, *, seed=0):
     command = [sys.executable, str(RECIPE / "prepare.py"), "--seed", str(seed), "--folder", str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1200)
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ REWARDS = (  # a model of random weights solves nothing: the first letter gives 
     "reward.functions=[{name='numeric_match'}, {name='regex_format', weight=0.1, arguments={pattern='^[a-m]', "
     "anywhere=true}}]"
 )
-PATIENCE_SECONDS = 300
+PATIENCE_SECONDS = 1200
 
 
 def question(number, rng):

@@ -98,6 +98,17 @@ class Job:
         return read_table(folder / f"{split}.parquet", completion_fields())
 
 
+def stops_at_part(count: int) -> str:
+    """Code of the stage's process, which goes no further once it has saved that many parts: to be killed before."""
+    return f"""
+import runpy, time
+from components.rollout.resume import Saved
+save = Saved.save
+Saved.save = lambda self, groups: time.sleep(3600) if self.count == {count} else save(self, groups)
+runpy.run_module("components.rollout", run_name="__main__", alter_sys=True)
+"""
+
+
 def _prompts(folder: Path, count: int, name: str) -> Path:
     import pyarrow as pa
 

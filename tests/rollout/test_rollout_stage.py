@@ -20,6 +20,8 @@ from components.rollout.config import RolloutSettings
 from components.rollout.plan import eval_is_due
 from components.rollout.prompts import choose
 
+from .conftest import stops_at_part
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -95,9 +97,9 @@ def test_shards_share_the_prompts_and_draw_what_one_job_draws(make_job):
 LONG = {"num_prompts": 120, "group_size": 2, "max_completion_length": 60, "batch_size": 8, "save_every_seconds": 0}
 
 
-def spawn(job, **changes) -> subprocess.Popen:
+def spawn(job, how=("-m", "components.rollout"), **changes) -> subprocess.Popen:
     """Starts the stage as a process of its own."""
-    command = [sys.executable, "-m", "components.rollout"]
+    command = [sys.executable, *how]
     for name, value in job.arguments(**changes).items():
         command += ["--" + name, str(value)]
     return subprocess.Popen(
@@ -133,12 +135,12 @@ def one_thread():
 def test_a_killed_rollout_goes_on_and_ends_bit_for_bit_as_if_never_killed(make_job, one_thread):
     undisturbed = make_job(name="undisturbed", num_train=120).run(**LONG)
     job = make_job(name="killed", num_train=120)
-    child = spawn(job, **LONG)
+    child = spawn(job, ("-c", stops_at_part(20)), **LONG)
     wait_for_parts(job, child, 3)
     child.kill()
     child.communicate()
     finished_then = len(saved_parts(job))
-    assert 3 <= finished_then < 28, "killed too late to show anything"
+    assert 3 <= finished_then <= 20  # of 32
     assert not (job.folder / "completions.json").exists()
     resumed = job.run(**LONG)
     assert resumed.digest == undisturbed.digest
@@ -165,12 +167,12 @@ def test_sigterm_does_not_wait_for_the_engine(make_job):
     """One batch holds the whole job and takes minutes; the process must end long before."""
     job = make_job(num_train=120)
     child = spawn(
-        job, **LONG | {"batch_size": 4096, "max_completion_length": 110, "group_size": 400, "stop_token_ids": []}
-    )
+        job, progress_every_seconds=1e-6,
+        **LONG | {"batch_size": 4096, "max_completion_length": 110, "group_size": 400, "stop_token_ids": []},
+    )  # fmt: skip
     for line in child.stdout:
-        if "started in" in line:
+        if ": 0 of 48014 " in line:  # a token of each is drawn, and the next is under way
             break
-    time.sleep(0.5)
     child.send_signal(signal.SIGTERM)
     _, errors = child.communicate(timeout=240)
     assert child.returncode == 2

@@ -72,10 +72,10 @@ def make_adapter(policy: Path, folder: Path) -> Path:
     folder.mkdir()
     for path in policy.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
+    torch.manual_seed(1)  # before the adapter is made: half of it is random from the start
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(policy), LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"])
     )
-    torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)

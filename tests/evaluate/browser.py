@@ -36,7 +36,7 @@ class Browser:
             port = self._port(folder / "DevToolsActivePort")
             targets = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/json"))
             page = next(target for target in targets if target["type"] == "page")
-            self._socket = websocket.create_connection(page["webSocketDebuggerUrl"], timeout=30)
+            self._socket = websocket.create_connection(page["webSocketDebuggerUrl"], timeout=120)
         except BaseException:
             self.close()
             raise
@@ -44,11 +44,11 @@ class Browser:
             self.call(f"{domain}.enable")
 
     def _port(self, path: Path) -> str:
-        for _ in range(300):
+        for _ in range(1200):
             if path.exists() and (lines := path.read_text().splitlines()):
                 return lines[0]
             time.sleep(0.1)
-        raise RuntimeError("the browser did not start within 30 s")
+        raise RuntimeError("the browser did not start within two minutes")
 
     def call(self, method: str, **parameters):
         """One command and its result; what the page complains of meanwhile is kept."""
@@ -77,7 +77,7 @@ class Browser:
         )
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.call("Page.navigate", url=url)
-        for _ in range(200):
+        for _ in range(2400):
             if self.run("document.documentElement?.dataset.ready === 'true'"):
                 return
             time.sleep(0.05)

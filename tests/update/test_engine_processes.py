@@ -4,7 +4,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine_case import Outcome
+from engine_case import PATIENCE, Outcome, held_port
 
 from components.common.errors import StageError
 from components.common.integrity import blob_key
@@ -37,7 +36,7 @@ def children(pid: int) -> list[int]:
 
 def workers(process, count: int) -> list[int]:
     """Waits until the stage has its workers, and until they train."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while len(found := children(process.pid)) < count:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
@@ -83,7 +82,7 @@ def test_a_dead_rank_ends_the_stage_with_its_name(running):
     case, process = running
     victim = workers(process, 2)[1]
     os.kill(victim, signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2
     assert "rank 1 was killed by SIGKILL" in output or "rank 0 was killed by SIGKILL" in output
     assert "nothing was published" in output
@@ -94,7 +93,7 @@ def test_sigterm_drops_the_step_and_leaves_no_process(running):
     case, process = running
     found = workers(process, 2)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2
     assert "stopped by SIGTERM; nothing was published" in output
     assert outputs(case) == []
@@ -109,20 +108,18 @@ def test_two_nodes_make_the_policy_that_one_makes(case, engine_model):
     case.run_name = "one-node"
     wanted = case.update(inputs, scored, num_processes=2, **settings)
     case.run_name = "two-nodes"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    variables = {
-        "PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port,
-        "GLOO_SOCKET_IFNAME": "lo",
-    }  # fmt: skip
-    nodes = [
-        case.command(inputs, scored, variables=variables | {"PET_NODE_RANK": str(rank)}, **settings)
-        for rank in range(2)
-    ]
-    for node in nodes:
-        output, _ = node.communicate(timeout=200)
-        assert node.returncode == 0, output
+    with held_port() as port:
+        variables = {
+            "PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port,
+            "GLOO_SOCKET_IFNAME": "lo",
+        }  # fmt: skip
+        nodes = [
+            case.command(inputs, scored, variables=variables | {"PET_NODE_RANK": str(rank)}, **settings)
+            for rank in range(2)
+        ]
+        for node in nodes:
+            output, _ = node.communicate(timeout=PATIENCE)
+            assert node.returncode == 0, output
     paths = [case.folder / f"two-nodes-{name}-0.json" for name in ("next_policy", "next_optimizer")]
     found = Outcome(case, *paths, inputs["reference"])
     for name, weight in wanted.weights().items():

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from engine_case import PATIENCE
 from safetensors.torch import load_file, save_file
 
 from components.common.errors import ArtifactNotFound, DataError, HealthError, SettingsError
@@ -240,7 +241,7 @@ def test_a_health_error_comes_without_a_traceback(started, engine_model):
     case, inputs = started
     scored = case.scored("scored", engine_model, inputs["policy"])
     process = case.command(inputs, scored, health={"min_entropy": 5.0})
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2
     assert "sampling has collapsed" in output
     assert "Traceback" not in output and "ProcessExitedException" not in output

@@ -3,16 +3,16 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
+import time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 import yaml
-from engine_case import ROOT
+from engine_case import ROOT, held_port
 
 sys.path.insert(0, str(ROOT / "tests" / "pipeline"))
 
@@ -212,16 +212,19 @@ def test_a_log_that_breaks_off_goes_on_without_a_line_twice(cluster, here, capfd
     job_over = threading.Event()
     cluster.pods = [node(0), node(1)]
     cluster.logs["grpo-f-0-1-node-0-0"] = lambda: ("".join(f"{line}\n" for line in lines), not job_over.is_set())
-    cluster.cuts["grpo-f-0-1-node-0-0"] = [90, 170, 5]
+    cluster.cuts["grpo-f-0-1-node-0-0"] = cuts = [90, 170, 5]
 
     def finish(job):
+        deadline = time.monotonic() + 60
+        while cuts and time.monotonic() < deadline:  # one a connection
+            time.sleep(0.01)
         job_over.set()
         end(job)
 
-    cluster.on_train_job = lambda job: soon(lambda: finish(job), 1.0)
+    cluster.on_train_job = lambda job: soon(lambda: finish(job))
     TrainJob(here, body()).carry_out(60)
     assert capfd.readouterr().out.splitlines() == [f"[node 0] {line}" for line in lines]
-    assert cluster.cuts["grpo-f-0-1-node-0-0"] == []
+    assert cuts == []
 
 
 class LogAnswers:
@@ -447,10 +450,11 @@ class Trainer:
         threading.Thread(target=self._run, args=(job,), daemon=True).start()
 
     def _run(self, job):
+        with held_port() as port:
+            self._run_nodes(job, port)
+
+    def _run_nodes(self, job, port):
         spec = job["spec"]["trainer"]
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
         variables = {
             "PET_NNODES": str(spec["numNodes"]), "PET_NPROC_PER_NODE": str(spec["numProcPerNode"]),
             "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo",

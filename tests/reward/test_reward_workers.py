@@ -405,8 +405,9 @@ def test_what_a_dishonest_function_answers_is_not_believed(case, rows_of):
 
 
 HANGING_STAGE = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in its background
 from components.reward.stage import run
 run(Path(sys.argv[1]).read_text(), [Path(sys.argv[2])], Path(sys.argv[3]))
 """
@@ -419,7 +420,8 @@ def test_workers_die_with_the_stage(end, case, rows_of, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(scratch))
     name = case.write("import time\ndef hang(completions):\n    time.sleep(600)")
     settings = tmp_path / "settings.json"
-    settings.write_text(dump_stage(case.context, RewardSettings(functions=[{"name": f"{name}:hang"}])))
+    hanging = RewardSettings(functions=[{"name": f"{name}:hang"}], timeout_seconds=600, batch_timeout_seconds=600)
+    settings.write_text(dump_stage(case.context, hanging))
     shard = case.rollout(train=rows_of("p", ["a"]))
     command = [sys.executable, "-c", HANGING_STAGE, settings, shard, tmp_path / "scored.json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as stage:

@@ -6,14 +6,11 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -29,6 +26,7 @@ from components.rollout.draw import processed_logprobs
 from components.rollout.openai_sampler import OpenaiSampler, choose_model
 from components.rollout.sampler import SampleRequest, Sampling, sample_seed
 from components.rollout.transformers_sampler import TransformersSampler
+from tests.ports import held_port
 
 END = 1
 DIGEST = "blake3:" + "0123456789abcdef" * 4
@@ -52,15 +50,6 @@ def settings(port: int, **changes) -> RolloutSettings:
 
 def manifest(job) -> Manifest:
     return Manifest.load(job.policy)
-
-
-@contextmanager
-def held_port() -> Iterator[int]:
-    """A port that the system gives to nobody else meanwhile, and on which a server may listen all the same."""
-    with socket.socket() as holder:
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server's own; this one never listens
-        holder.bind(("127.0.0.1", 0))
-        yield holder.getsockname()[1]
 
 
 def serve(python: str, policy: Path, name: str, folder: Path, port: int, *options: str) -> subprocess.Popen:

@@ -1,11 +1,8 @@
 """A tiny fine-tune to update: policy, scored rollouts and the stage run on them, as the pipeline would."""
 
 import os
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,15 +46,6 @@ def plain_logprobs(model: Any, prompt: list[int], completion: list[int], tempera
     ids = torch.tensor([prompt + completion])
     logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1] / temperature
     return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None]).squeeze(1)
-
-
-@contextmanager
-def held_port() -> Iterator[str]:
-    """A port that a server which may reuse addresses can listen on; the system gives it to nobody else meanwhile."""
-    with socket.socket() as held:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        held.bind(("127.0.0.1", 0))
-        yield str(held.getsockname()[1])
 
 
 @dataclass

@@ -12,12 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine_case import PATIENCE, Outcome, held_port
+from engine_case import PATIENCE, Outcome
 
 from components.common.errors import StageError
 from components.common.integrity import blob_key
 from components.common.store import FileStore
 from components.update import launch, nodes
+from tests.ports import held_port
 
 pytestmark = pytest.mark.slow
 
@@ -110,7 +111,7 @@ def test_two_nodes_make_the_policy_that_one_makes(case, engine_model):
     case.run_name = "two-nodes"
     with held_port() as port:
         variables = {
-            "PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port,
+            "PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(port),
             "GLOO_SOCKET_IFNAME": "lo",
         }  # fmt: skip
         nodes = [

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from engine_case import ROOT, held_port
+from engine_case import ROOT
 
 sys.path.insert(0, str(ROOT / "tests" / "pipeline"))
 
@@ -32,6 +32,7 @@ from components.update.config import UpdateSettings
 from components.update.jobspec import NodeResources, describe, job_name
 from components.update.trainjob import TrainJob
 from pipeline.resources import ClusterSettings, following
+from tests.ports import held_port
 
 NODE = {"image": "registry.example/update@sha256:" + "0" * 64, "cpu": "1", "memory": "1Gi"}
 OWNER = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "grpo-f-abc", "uid": "uid-1"}
@@ -457,7 +458,7 @@ class Trainer:
         spec = job["spec"]["trainer"]
         variables = {
             "PET_NNODES": str(spec["numNodes"]), "PET_NPROC_PER_NODE": str(spec["numProcPerNode"]),
-            "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo",
+            "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
             "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
         }  # fmt: skip
         command = [sys.executable, *spec["command"][1:]]

@@ -88,7 +88,7 @@ def test_any_chain_of_policies_comes_back_bit_by_bit(
 @settings(max_examples=200, deadline=None)
 @given(data=st.data(), width=st.sampled_from([1, 2, 4, 8]), share=st.sampled_from([0.0, 0.001, 0.05, 0.3, 0.7, 1.0]))
 def test_any_block_comes_back_bit_by_bit(data: st.DataObject, width: int, share: float) -> None:
-    count = data.draw(st.integers(1, 3000))
+    count = data.draw(st.integers(1, 3000) | st.integers(1, 100).map(lambda groups: 32 * groups))
     random = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     old = random.integers(0, 256, count * width, dtype=np.uint8)
     new = old.copy().reshape(-1, width)

@@ -207,13 +207,11 @@ def _unpack_gaps(frame: memoryview) -> "np.ndarray[Any, Any]":
     else:
         codes = np.ascontiguousarray(content[1:].reshape(2, -1).T).reshape(-1).view("<u2")
         more = 65535
-    steps = codes.astype(np.int32)
-    steps += 1
     skips = codes == more
-    if skips.any():
-        steps[skips] = more
-        return np.cumsum(steps, dtype=np.intp)[~skips] - 1
-    return np.cumsum(steps, dtype=np.intp) - 1
+    steps = codes.astype(np.intp)
+    steps += ~skips  # to the changed one itself; a skip ends before it
+    steps[0] -= 1
+    return np.cumsum(steps, out=steps)[~skips]
 
 
 def _room(count: int, dtype: Any) -> "np.ndarray[Any, Any]":

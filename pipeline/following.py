@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from time import sleep
+from time import monotonic, sleep
 from typing import Any
 
 from components.common.errors import SettingsError
@@ -16,6 +16,8 @@ from pipeline.resources import STAGES
 from pipeline.submitting import TERMINAL
 
 POLL_SECONDS = 5.0
+OUTAGE_SECONDS = 300.0
+"""Longest time without an answer about a pod whose log is followed."""
 RUN_LABEL = "pipeline/runid"
 TASK = re.compile(rf"({'|'.join(STAGES)}|submit)(?:-shards|[- ]next)?(?: (\d+)|-(\d+))?")
 """A task of ours by its key in the IR (`update-2`), which is what Kubeflow 2.17 reports, or by its name in the graph
@@ -123,26 +125,34 @@ class Pods:
         """
         from kubernetes import client
 
-        pod = self.newest(run_id, stage)
-        name, told = pod.metadata.name, set[str]()
+        found, heard = self.newest(run_id, stage), monotonic()
+        name, told = found.metadata.name, set[str]()
 
         def look() -> str:
-            """Its phase now, blank when it is gone."""
-            nonlocal pod
-            pod = next((found for found in self.of_run(run_id, stage) if found.metadata.name == name), None)
-            return pod.status.phase if pod else ""
+            """Its phase, blank when it is gone; the last one known for as long as a server may be away."""
+            nonlocal found, heard
+            try:
+                pods = self.of_run(run_id, stage)
+            except ClusterError as error:
+                if status_of(error) in (401, 403) or monotonic() - heard > OUTAGE_SECONDS:
+                    raise
+            else:
+                found, heard = next((pod for pod in pods if pod.metadata.name == name), None), monotonic()
+            return found.status.phase if found else ""
 
         def news() -> Iterator[str]:
-            for trouble in troubles(pod) if pod else ():
-                if trouble not in told:
-                    told.add(trouble)
-                    yield f"({trouble})"
+            for line in [f"({trouble})" for trouble in troubles(found)] if found else [f"(pod {name} is gone)"]:
+                if line not in told:
+                    told.add(line)
+                    yield line
 
         yield from news()
         while look() == "Pending":
             yield from news()
             sleep(POLL_SECONDS)
-        yield from PodLog(client.CoreV1Api(), self.namespace, name, "main").follow(lambda: look() != "Running")
+        if found:
+            log = PodLog(client.CoreV1Api(), self.namespace, name, "main")
+            yield from log.follow(lambda: look() in ("", "Succeeded", "Failed"))
         yield from news()
 
     def newest(self, run_id: str, stage: str) -> Any:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from pipeline.connection import ClusterError, call, make_once
 from pipeline.resources import ClusterSettings, with_form
 from pipeline.settings import PipelineSettings
 
+log = logging.getLogger("grpo")
 TERMINAL = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 PAGE_SIZE = 100
 GO_ON = {"start_from": "latest", "skip_unchanged_data": False}
@@ -145,12 +147,23 @@ def submit(client: Any, settings: PipelineSettings) -> Submitted:
     check_not_recurring(client, settings.fine_tune)
     name = f"{settings.fine_tune}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
     sent = start(client, settings, upload(client, settings), name)
-    others = [run for run in _going_on(client, settings.fine_tune) if run.run_id != sent.run_id]
+    try:
+        others = [run for run in _going_on(client, settings.fine_tune) if run.run_id != sent.run_id]
+    except ClusterError as error:
+        log.warning("%s goes on; whether another was submitted at the same moment is not known: %s", name, error)
+        return sent
     if others:  # who both look and then both start see each other here
-        call("end the run", client.terminate_run, sent.run_id)
+        other = others[0]
+        try:
+            call("end the run", client.terminate_run, sent.run_id)
+        except ClusterError as error:
+            raise ClusterError(
+                f"fine-tune {settings.fine_tune}: {other.display_name} was submitted at the same moment, both go on; "
+                f"stop this one with `grpo cancel {sent.run_id}` ({error})"
+            ) from error
         raise ClusterError(
-            f"fine-tune {settings.fine_tune}: run {others[0].display_name} was submitted at the same moment, so "
-            f"{name} is ended; `grpo status {settings.fine_tune}` tells whether the other goes on"
+            f"fine-tune {settings.fine_tune}: {other.display_name} was submitted at the same moment, so {name} is "
+            f"ended; `grpo status {settings.fine_tune}` tells whether the other goes on"
         )
     return sent
 

@@ -97,7 +97,8 @@ def explain(error: BaseException, what: str) -> GrpoError:
         )
     if status == 403 and "exceeded quota" in told:
         mends[403] = "a ResourceQuota is used up: wait for other runs to end, or raise it (docs/operations.md)"
-    mend = mends.get(status, "the server failed: look at the logs of ml-pipeline in the kubeflow namespace")
+    failed = "the server failed: look at the logs of ml-pipeline in the kubeflow namespace"
+    mend = mends.get(status, failed if status >= 500 else "refused")
     return ClusterError(f"cannot {what}: HTTP {status}, {mend} ({told})")
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -14,6 +15,8 @@ SKEW_SECONDS = 60
 """Clocks of two machines may differ by that much; lines that come twice are told apart by their time stamps."""
 READ_SECONDS = 120.0
 """Silence after which the connection is made anew."""
+LAST_ATTEMPTS = 5
+STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)")
 
 log = logging.getLogger("grpo")
 
@@ -34,16 +37,22 @@ class PodLog:
         import urllib3
         from kubernetes.client.exceptions import ApiException
 
+        attempts = 0  # to read what there is at the end
         while True:
             last = over()
             try:
                 yield from self.lines(follow=not last)
+                if last:
+                    return
             except (ApiException, urllib3.exceptions.HTTPError, OSError) as error:
+                refused = explain(error, f"read the log of {self.pod}")
                 if status_of(error) in (401, 403):
-                    raise explain(error, f"read the log of {self.pod}") from error
+                    raise refused from error
+                attempts += last
+                if last and (status_of(error) in (400, 404) or attempts == LAST_ATTEMPTS):
+                    yield f"({refused})"
+                    return
                 log.info("%s: the log broke off (%s); connecting again", self.pod, type(error).__name__)
-            if last:
-                return
             pause(RECONNECT_SECONDS)
 
     def lines(self, *, follow: bool) -> Iterator[str]:
@@ -61,16 +70,17 @@ class PodLog:
             for chunk in answer.stream(amt=None, decode_content=False):
                 *lines, rest = (rest + chunk).split(b"\n")
                 yield from self._new(lines)
-            yield from self._new([rest] if rest else [])  # not reached when the connection broke: it comes again whole
+            if rest and not follow:  # else the connection broke, and it comes again whole
+                yield from self._new([rest])
 
     def _new(self, lines: list[bytes]) -> Iterator[str]:
         for line in lines:
             stamp, _, text = line.decode(errors="replace").partition(" ")
-            try:  # in the node's own time zone; the text tells what is below a microsecond
-                moment = datetime.fromisoformat(stamp), stamp
-            except ValueError:  # what the kubelet says itself has no time stamp
+            if not STAMP.fullmatch(stamp):  # what the kubelet says itself
                 yield f"{stamp} {text}".rstrip()
                 continue
+            # in the node's own time zone; the text tells what is below a microsecond
+            moment = datetime.fromisoformat(stamp), stamp
             if self.last is None or moment > self.last:
                 self.last = moment
                 yield text

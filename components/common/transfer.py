@@ -9,7 +9,7 @@ from hashlib import md5
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.common.errors import StoreError
+from components.common.errors import ArtifactNotFound, StoreError
 from components.common.integrity import BLOB, DIGEST_HEADER, Damaged, check_stored, checksum, crc32c, wanted_digest
 from components.common.s3_client import MIB, code_of, status_of
 
@@ -21,6 +21,8 @@ COPY_BYTES = 5 << 30
 """Bytes that a server copies in one request (S3's limit); larger objects are copied in ranges."""
 CHUNK = 1 * MIB
 """Bytes taken from a socket at a time, at most."""
+PIECE = 128 << 10
+"""Bytes handed to a socket at a time."""
 SLOWEST = 1024
 """Bytes a second below which a body counts as stalled: each byte alone would start the socket's timeout anew."""
 
@@ -119,7 +121,8 @@ class Upload:
                 upload, sums = self.store.client.upload_part, checksum(data)
 
                 def put(attempt: int) -> Any:
-                    answer = upload(**name, PartNumber=number, Body=_Body(data), **sums)
+                    body = data if attempt else _Body(data)  # a slow line gets the library's small pieces
+                    answer = upload(**name, PartNumber=number, Body=body, **sums)
                     check_stored(answer, data, sums)
                     return answer
 
@@ -157,10 +160,14 @@ class Upload:
             if not (isinstance(error, ClientError) and code_of(error) in ("NoSuchUpload", "InvalidPart")):
                 raise
             found = self.store.stat(key)  # our own lost request ended it, or another who writes the same blob
-            if found and found.modified > head["LastModified"]:
+            if found is None:
+                raise ArtifactNotFound(f"{self.store.url}: no object {key}") from error
+            if found.modified > head["LastModified"]:
                 return
-            if not (found and again):
-                raise StoreError(f"{self.store.url}: copying {key}: another ended the copy ({error})") from error
+            if not again:
+                raise StoreError(
+                    f"{self.store.url}: copying {key}: another ended the copy; run it again ({error})"
+                ) from error
             self.renew(key, head, again=False)  # of the same second, in which servers tell times: not seen as younger
 
     def _copy(self, source: dict[str, Any], name: dict[str, Any], key: str, size: int) -> None:
@@ -174,7 +181,8 @@ class Upload:
 
 
 class _Body:
-    """A part as the HTTP library reads it: by MiB, where it asks for 16 KiB, and without copying it."""
+    """A part as the HTTP library reads it: in pieces larger than it asks for, which are not copied. Each has to be gone
+    within the time that making a connection may take, ten seconds."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.at = memoryview(data), 0
@@ -183,7 +191,7 @@ class _Body:
         return len(self.data)
 
     def read(self, size: int = -1) -> memoryview:
-        end = len(self.data) if size < 0 else self.at + max(size, CHUNK)
+        end = len(self.data) if size < 0 else self.at + max(size, PIECE)
         piece = self.data[self.at : end]
         self.at += len(piece)
         return piece

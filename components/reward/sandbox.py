@@ -123,7 +123,7 @@ def _continue_in_child() -> None:
     """Goes on in a child; this process waits for it and ends as it does."""
     child = os.fork()
     if child:
-        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        os.closerange(3, 256)
         _, status = os.waitpid(child, 0)
         code = os.waitstatus_to_exitcode(status)
         os._exit(code if code >= 0 else 128 - code)

@@ -8,8 +8,10 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from botocore.exceptions import HTTPClientError
 
 from components.common import transfer
 from components.common.errors import ArtifactNotFound, DigestMismatch, StoreError
@@ -241,6 +243,27 @@ def test_an_upload_that_was_cut_short_goes_on(rgw_endpoint: str, tmp_path: Path)
     store.get_file(key, tmp_path / "target")
     assert (tmp_path / "target").read_bytes() == path.read_bytes()
     assert list(store.unfinished()) == []
+
+
+def test_a_part_is_sent_in_small_pieces_once_larger_ones_did_not_go(moto_endpoint: str, tmp_path: Path) -> None:
+    """Each piece has the time of a connection: on a slow line the library's own 16 KiB go where 128 do not."""
+    store = through(moto_endpoint, "")
+    source, sent = tmp_path / "source", []
+    source.write_bytes(os.urandom((5 << 20) + 1))
+
+    def slow_line(request: Any, **_: object) -> None:
+        if request.method == "PUT":
+            pieces = [len(piece) for piece in iter(lambda: request.body.read(16 << 10), b"")]
+            request.body.seek(0)
+            sent.append((max(pieces), sum(pieces)))
+            if max(pieces) > 16 << 10:
+                raise HTTPClientError(error="The write operation timed out")
+
+    store.client.meta.events.register("before-send.s3.UploadPart", slow_line)
+    store.put_file(source, "key")
+    assert sorted(sent) == [(1, 1), (16 << 10, 5 << 20), (128 << 10, 5 << 20)]
+    store.get_file("key", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == source.read_bytes()
 
 
 def test_parts_that_are_not_of_this_file_are_sent_again(rgw_endpoint: str, tmp_path: Path) -> None:

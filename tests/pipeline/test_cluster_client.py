@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from pipeline.following import Pods, cancel, follow, tasks_of
 from pipeline.scaffold import write_start
 from pipeline.scheduling import schedule, schedules, six_fields, unschedule
 from pipeline.settings import PipelineSettings
-from pipeline.submitting import resumed, runs, settings_of, submit, upload
+from pipeline.submitting import resumed, runs, settings_of, start, submit, upload
 
 STAGES = ("configure", "dataset", "rollout", "reward", "update", "evaluate", "publish")
 OUT_OF_REACH = "s3://bucket?endpoint=http://127.0.0.1:9"
@@ -113,6 +114,32 @@ def test_of_two_runs_submitted_at_the_same_moment_the_one_that_sees_the_other_is
     first = begun[1].run_id
     assert len(cluster.runs) == 2 and cluster.runs[first]["state"] == "RUNNING"
     assert [run["state"] for name, run in cluster.runs.items() if name != first] == ["CANCELED"]
+
+
+@pytest.mark.parametrize("fails", ["looking", "ending"])
+def test_what_goes_on_is_told_when_the_server_breaks_after_a_start(cluster, client, monkeypatch, caplog, fails):
+    def then_broken(*arguments):
+        found = upload(*arguments)
+        if fails == "ending":
+            cluster.runs["other"] = {"run_id": "other", "display_name": "f-other", "state": "RUNNING",
+                                     "experiment_id": found.experiment_id}  # fmt: skip
+            cluster.faults[":terminate"] = [503] * 9
+        return found
+
+    def started(*arguments):
+        sent = start(*arguments)
+        if fails == "looking":
+            cluster.faults["GET", "/experiments"] = [503] * 9
+        return sent
+
+    monkeypatch.setattr(submitting, "upload", then_broken)
+    monkeypatch.setattr(submitting, "start", started)
+    if fails == "looking":
+        sent = submit(client, settings())
+        assert f"{sent.name} goes on" in caplog.text
+    else:
+        with pytest.raises(ClusterError, match=r"f-other .* both go on; stop this one with `grpo cancel"):
+            submit(client, settings())
 
 
 @pytest.mark.parametrize("statuses", [[500, 503, 429], ["drop"], [429, "drop", 500]])
@@ -433,6 +460,46 @@ def test_a_log_is_followed_from_before_the_pod_runs_over_a_broken_connection_to_
     written += ["third", "fourth"]
     cluster.pods = [pod("one", phase="Failed", containerStatuses=[KILLED])]
     assert list(followed) == ["third", "fourth", "(main was killed for memory: raise cluster.update.memory)"]
+
+
+@pytest.mark.parametrize(
+    ("statuses", "shown"),
+    [([503, 503], "first"), ([503] * 9, "the server failed"), (["drop"], "first"), ([404], "HTTP 404, not found")],
+)
+def test_the_end_of_a_log_is_asked_for_again_and_told_when_it_is_not_to_be_had(
+    cluster, pods, monkeypatch, statuses, shown
+):
+    monkeypatch.setattr(podlog, "RECONNECT_SECONDS", 0.02)
+    cluster.pods, cluster.logs["one"] = [pod("one", phase="Succeeded")], "first"
+    cluster.faults["/log"] = statuses
+    (line,) = pods.log_as_it_grows("r", "update")
+    assert shown in line
+
+
+def test_a_pod_that_goes_before_it_runs_is_told(cluster, pods, monkeypatch):
+    monkeypatch.setattr(following, "POLL_SECONDS", 0.02)
+    cluster.pods = [pod("one", phase="Pending")]
+    followed = pods.log_as_it_grows("r", "update")
+    threading.Timer(0.3, cluster.pods.clear).start()
+    assert list(followed) == ["(pod one is gone)"]
+
+
+@pytest.mark.parametrize("limit", [60, 0])
+def test_a_log_is_followed_through_an_outage_of_the_server(cluster, pods, monkeypatch, limit):
+    monkeypatch.setattr(following, "OUTAGE_SECONDS", limit)
+    monkeypatch.setattr(podlog, "RECONNECT_SECONDS", 0.02)
+    cluster.pods, cluster.logs["one"] = [pod("one", phase="Running")], lambda: ("first\nsecond", True)
+    cluster.cuts["one"] = [40]
+    followed = pods.log_as_it_grows("r", "update")
+    assert next(followed) == "first"
+    cluster.logs["one"] = "first\nsecond"
+    cluster.faults["GET", "/pods"] = [503] * (2 * kube.ATTEMPTS)
+    if limit:
+        threading.Timer(1.0, lambda: cluster.pods.__setitem__(0, pod("one", phase="Succeeded"))).start()
+        assert list(followed) == ["second"]
+    else:
+        with pytest.raises(ClusterError, match="list the pods"):
+            list(followed)
 
 
 def test_a_log_that_may_not_be_followed_says_so(cluster, pods):

@@ -269,6 +269,17 @@ def test_no_line_is_lost_when_the_clock_changes_or_the_kubelet_speaks():
     assert list(log.lines(follow=True)) == ["unable to retrieve container logs"]
 
 
+@pytest.mark.parametrize("cut", [15, 19, 25, 33])
+def test_a_line_that_is_cut_where_the_connection_seems_to_end_comes_again_whole(cut):
+    """In its time stamp, where that seems to be one of no zone, after it, and in the text."""
+    first, second = (f"2026-10-25T02:00:0{number}.000000001Z {text}" for number, text in ((1, "one"), (2, "two words")))
+    core = LogAnswers([first, second[:cut]], [first, second])
+    core.stream = lambda **_: iter(["\n".join(core.answers.pop(0)).encode()])
+    log = PodLog(core, "kubeflow", "node-0", "node")
+    assert list(log.lines(follow=True)) == ["one"]
+    assert list(log.lines(follow=False)) == ["two words"]
+
+
 @pytest.mark.parametrize(
     ("workflow", "left"),
     [

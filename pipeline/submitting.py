@@ -147,25 +147,25 @@ def submit(client: Any, settings: PipelineSettings) -> Submitted:
     check_not_recurring(client, settings.fine_tune)
     name = f"{settings.fine_tune}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
     sent = start(client, settings, upload(client, settings), name)
-    try:
-        others = [run for run in _going_on(client, settings.fine_tune) if run.run_id != sent.run_id]
-    except ClusterError as error:
-        log.warning("%s goes on; whether another was submitted at the same moment is not known: %s", name, error)
-        return sent
-    if others:  # who both look and then both start see each other here
-        other = others[0]
-        try:
-            call("end the run", client.terminate_run, sent.run_id)
-        except ClusterError as error:
-            raise ClusterError(
-                f"fine-tune {settings.fine_tune}: {other.display_name} was submitted at the same moment, both go on; "
-                f"stop this one with `grpo cancel {sent.run_id}` ({error})"
-            ) from error
-        raise ClusterError(
-            f"fine-tune {settings.fine_tune}: {other.display_name} was submitted at the same moment, so {name} is "
-            f"ended; `grpo status {settings.fine_tune}` tells whether the other goes on"
-        )
+    _check_alone(client, settings.fine_tune, sent)
     return sent
+
+
+def _check_alone(client: Any, fine_tune: str, sent: Submitted) -> None:
+    """Ends a run when another of its fine-tune goes on: who both look and then both start see each other here."""
+    try:
+        others = [run for run in _going_on(client, fine_tune) if run.run_id != sent.run_id]
+    except ClusterError as error:
+        log.warning("%s goes on; whether another was submitted at the same moment is not known: %s", sent.name, error)
+        return
+    if not others:
+        return
+    met = f"fine-tune {fine_tune}: {others[0].display_name} was submitted at the same moment"
+    try:
+        call("end the run", client.terminate_run, sent.run_id)
+    except ClusterError as error:
+        raise ClusterError(f"{met}, both go on; stop this one with `grpo cancel {sent.run_id}` ({error})") from error
+    raise ClusterError(f"{met}, so {sent.name} is ended; `grpo status {fine_tune}` tells whether the other goes on")
 
 
 def check_at_rest(client: Any, fine_tune: str) -> None:

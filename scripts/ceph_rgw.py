@@ -35,6 +35,8 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo
 ROOT = CACHE / "root"
 BUCKET = "grpo"
 DEADLINE_SECONDS = 120
+OSD_BYTES = 32 << 30
+"""Size of the sparse file the objects lie in; on the disk it takes what is in it."""
 
 CONFIGURATION = """\
 [global]
@@ -169,7 +171,7 @@ def _unpack(packages: Sequence[Path]) -> None:
 class Cluster:
     """One monitor, one OSD on a sparse file, one gateway; all of it in `data`, all of it gone after `stop`."""
 
-    def __init__(self, data: Path, osd_bytes: int = 32 << 30) -> None:
+    def __init__(self, data: Path, osd_bytes: int = OSD_BYTES) -> None:
         self.root = install()
         self.data = data
         (self.lib,) = [path.parent for path in self.root.glob("usr/lib/*/rados-classes")]
@@ -311,7 +313,7 @@ def _reserve_ports(count: int) -> list[socket.socket]:
 
 
 @contextmanager
-def running(osd_bytes: int = 32 << 30) -> Iterator[Cluster]:
+def running(osd_bytes: int = OSD_BYTES) -> Iterator[Cluster]:
     """A cluster in a temporary folder."""
     data = Path(tempfile.mkdtemp(prefix="ceph-"))
     cluster = Cluster(data, osd_bytes)

@@ -252,12 +252,11 @@ def test_a_part_is_sent_in_small_pieces_once_larger_ones_did_not_go(moto_endpoin
     source.write_bytes(os.urandom((5 << 20) + 1))
 
     def slow_line(request: Any, **_: object) -> None:
-        if request.method == "PUT":
-            pieces = [len(piece) for piece in iter(lambda: request.body.read(16 << 10), b"")]
-            request.body.seek(0)
-            sent.append((max(pieces), sum(pieces)))
-            if max(pieces) > 16 << 10:
-                raise HTTPClientError(error="The write operation timed out")
+        pieces = [len(piece) for piece in iter(lambda: request.body.read(16 << 10), b"")]
+        request.body.seek(0)
+        sent.append((max(pieces), sum(pieces)))
+        if max(pieces) > 16 << 10:
+            raise HTTPClientError(error="The write operation timed out")
 
     store.client.meta.events.register("before-send.s3.UploadPart", slow_line)
     store.put_file(source, "key")
